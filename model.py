@@ -1,0 +1,219 @@
+"""The OLMoE transformer (arXiv 2409.02060) in plain PyTorch.
+
+Every tensor that flows through the model is [n, T, ...]: n rows, T positions. A row is a sequence of its own or, with a
+cache, one of several versions (rosters) of one sequence. Nothing here knows of noise: a function `route` decides which
+experts run. If it returns more rows than it was given, the path branches there.
+
+Attribute names equal the tensor names in OLMoE's checkpoints.
+Shapes: d hidden_size, I intermediate_size, E experts, k experts per token, H query heads, Hk key-value heads of size D.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class Config:
+    """The fields of OLMoE's config.json that shape the computation, under their own names."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int  # of one expert
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    num_experts: int
+    num_experts_per_tok: int
+    max_position_embeddings: int
+    norm_topk_prob: bool = False  # True: the weights of the chosen experts are scaled to sum to 1
+    clip_qkv: float | None = None
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False
+    eos_token_id: int | list[int] | None = None
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+def top_k(config: Config, logits: Tensor, selection: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Plain OLMoE routing: the k experts with the largest logits, mixed by their softmax probabilities.
+
+    Args:
+        logits: router logits R [..., E].
+        selection: [..., E], ranks the experts in place of the logits. The weights are those of the logits all the same.
+
+    Returns:
+        weights [..., k] in float32 and indices [..., k].
+    """
+    probs = logits.softmax(-1, dtype=torch.float32)
+    indices = (logits if selection is None else selection).topk(config.num_experts_per_tok).indices
+    weights = probs.gather(-1, indices)
+    if config.norm_topk_prob:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights, indices
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of x [..., T, D], by angles with cos and sin [T, D/2]: turns each pair (i, i + D/2)."""
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def attend(
+    q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor | None = None, own_v: Tensor | None = None
+) -> Tensor:
+    """Causal attention to positions shared by all rows and to positions of the row's own, under one softmax.
+
+    Args:
+        q: queries [n, H, T, D].
+        shared_k, shared_v: [1 or n, Hk, S, D]. The last query sees all S positions, each earlier one sees one fewer.
+        own_k, own_v: [n, Hk, T, C, D], C positions for each query; None: all that a row may see is in the shared part.
+
+    Returns:
+        [n, H, T, D]
+    """
+    (n, H, T, D), (_, Hk, S, _) = q.shape, shared_k.shape
+    visible = None if T == 1 else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    if own_k is None:
+        causal = 1 < T == S  # spelled out, since kernels then skip what is not visible
+        visible = None if causal else visible
+        return F.scaled_dot_product_attention(q, shared_k, shared_v, visible, is_causal=causal, enable_gqa=H > Hk)
+    q = q.view(n, Hk, H // Hk, T, D) * D**-0.5
+    # The sum over h folds the rows into the query axis: the shared history is read once, and never copied n times.
+    shared = torch.einsum("nhgtd,hsd->nhgts", q, shared_k[0])
+    if visible is not None:
+        shared = shared.masked_fill(~visible, -torch.inf)
+    own = torch.einsum("nhgtd,nhtcd->nhgtc", q, own_k)
+    shared, own = (
+        torch.cat((shared, own), -1).softmax(-1, dtype=torch.float32).to(q.dtype).split((S, own.shape[-1]), -1)
+    )
+    out = torch.einsum("nhgts,hsd->nhgtd", shared, shared_v[0]) + torch.einsum("nhgtc,nhtcd->nhgtd", own, own_v)
+    return out.reshape(n, H, T, D)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        d, D, Hk = config.hidden_size, config.head_dim, config.num_key_value_heads
+        self.layer, self.head_dim, self.clip = layer, D, config.clip_qkv
+        self.q_proj = nn.Linear(d, d, bias=False)
+        self.k_proj = nn.Linear(d, Hk * D, bias=False)
+        self.v_proj = nn.Linear(d, Hk * D, bias=False)
+        self.o_proj = nn.Linear(d, d, bias=False)
+        # OLMoE normalises the whole projection, before the heads are split.
+        self.q_norm = nn.RMSNorm(d, config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(Hk * D, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache) -> Tensor:
+        n, T, d = x.shape
+        q, k, v = self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x)
+        if self.clip is not None:
+            q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
+        q, k, v = (t.view(n, T, -1, self.head_dim).transpose(1, 2) for t in (q, k, v))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        out = attend(q, *cache.update(self.layer, k, v)) if cache else attend(q, k, v)
+        return self.o_proj(out.transpose(1, 2).reshape(n, T, d))
+
+
+class Experts(nn.Module):
+    """E SwiGLU networks, fused into two tensors."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        E, d, I = config.num_experts, config.hidden_size, config.intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * I, d))
+        self.down_proj = nn.Parameter(torch.empty(E, d, I))
+
+    def forward(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        """For every row x [N, d]: the sum of its k experts' outputs; weights and indices are [N, k]."""
+        (N, k), E = indices.shape, len(self.down_proj)
+        # Sorted by expert, all rows of one expert are neighbours: each expert's weights are read once, whatever N is.
+        expert, order = indices.flatten().sort(stable=True)
+        # ends[e]: where the rows of expert e end. Found without reading a value back from the device.
+        ends = torch.searchsorted(expert, torch.arange(E, device=x.device), right=True, out_int32=True)
+        gate, up = F.grouped_mm(x[order // k], self.gate_up_proj.transpose(1, 2), offs=ends).chunk(2, -1)
+        y = F.grouped_mm(F.silu(gate) * up, self.down_proj.transpose(1, 2), offs=ends)
+        out = torch.empty_like(y)
+        out[order] = y
+        return (out.view(N, k, -1) * weights.to(x.dtype).unsqueeze(-1)).sum(1)
+
+
+class MoE(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)  # the router
+        self.experts = Experts(config)
+
+    def forward(self, x: Tensor, route: Callable) -> Tensor:
+        weights, indices = route(self.layer, self.gate(x))
+        rows, T, _ = indices.shape  # as many rows as x has, or more: the path branches here
+        x = x.expand(rows, -1, -1).flatten(0, 1)
+        return self.experts(x, weights.flatten(0, 1), indices.flatten(0, 1)).view(rows, T, -1)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MoE(config, layer)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache, route: Callable) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        return x + self.mlp(self.post_attention_layernorm(x), route)
+
+
+class OLMoE(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.weight.dtype
+
+    def hidden(self, tokens: Tensor, cache=None, route: Callable | None = None) -> Tensor:
+        """As `forward`, but returns the hidden states [rows, T, d] before the final norm and makes no prediction."""
+        config, T = self.config, tokens.shape[1]
+        start = cache.length if cache else 0
+        frequencies = config.rope_theta ** (torch.arange(0, config.head_dim, 2, device=self.device) / -config.head_dim)
+        angles = torch.arange(start, start + T, device=self.device)[:, None] * frequencies
+        cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        x = self.embed_tokens(tokens)
+        for layer in self.layers:
+            x = layer(x, cos, sin, cache, route or (lambda layer, logits: top_k(config, logits)))
+        if cache:
+            cache.length += T
+        return x
+
+    def forward(self, tokens: Tensor, cache=None, route: Callable | None = None) -> Tensor:
+        """Predicts the next token at every position.
+
+        Args:
+            tokens: ids [n, T]. With a cache n is 1, and the T tokens follow those that the cache holds.
+            cache: one of `cache.py`'s, extended by the T positions; None: every row is a whole sequence.
+            route: route(layer, router logits [n, T, E]) -> weights, indices [n or more, T, k]; None: plain `top_k`.
+
+        Returns:
+            logits [rows, T, vocab_size], as many rows as the last route returned.
+        """
+        head = self.lm_head or self.embed_tokens
+        return F.linear(self.norm(self.hidden(tokens, cache, route)), head.weight)

@@ -1,0 +1,414 @@
+"""Roster of Experts: hyper-parallel scaling for mixture-of-experts language models (arXiv 2509.17238).
+
+A router sends each token to its top k of E experts and leaves the others idle. RoE adds Gumbel noise to the router's
+logits, runs n such rosters of experts for the same token as n rows of one batch, and averages the n predictions.
+Row 0 is the clean path: its routing never gets noise.
+
+Section and equation numbers are the paper's. Shapes: n rosters, T positions, E experts, L layers.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from tqdm import tqdm
+
+from cache import BranchingCache, SharedCache
+from load import load
+from model import Config, OLMoE, top_k
+
+TAU = 0.2  # the default temperature; the paper finds values up to 0.5 useful, and larger ones always harmful
+
+
+# ---- Stochastic routing (section 2.1) -------------------------------------------------------------------------------
+
+
+def gumbel(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """I.i.d. Gumbel(0, 1) noise in float32, on the generator's device. All routing noise comes from here."""
+    # If X is Exponential(1), -log(X) is Gumbel(0, 1); exponential_ never returns 0.
+    return -torch.empty(shape, device=generator.device).exponential_(generator=generator).log()
+
+
+def temperatures(config: Config, tau: float | Sequence[float] = TAU, skip: int = 1) -> list[float]:
+    """One routing temperature per layer (section 2.2).
+
+    Args:
+        tau: a number for all layers but the first and last `skip`, which get 0; or one value per layer.
+
+    Returns:
+        a list of L floats.
+
+    Raises:
+        ValueError: a tau that is not a finite number >= 0, or not one per layer; a negative skip.
+    """
+    layers = config.num_hidden_layers
+    if isinstance(tau, (int, float)):
+        if skip < 0:
+            raise ValueError(f"skip must be at least 0, not {skip}")
+        tau = [tau if skip <= layer < layers - skip else 0.0 for layer in range(layers)]
+    if len(tau) != layers:
+        raise ValueError(f"tau has {len(tau)} values, but the model has {layers} layers; give one value per layer")
+    for value in tau:
+        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise ValueError(f"tau must be a number >= 0, not {value}")
+    return [float(value) for value in tau]
+
+
+def stochastic_route(
+    config: Config, rosters: int, tau: Sequence[float], generator: torch.Generator, weights: str = "clean"
+) -> Callable[[int, Tensor], tuple[Tensor, Tensor]]:
+    """Gumbel-top-k routing (equation 1), as the `route` of `model.OLMoE`.
+
+    A token's experts are TopK(R + tau * G, k), R its router logits and G Gumbel noise: k experts drawn without
+    replacement from softmax(R / tau). Row 0 gets no noise.
+
+    Args:
+        tau: one temperature per layer; a layer with 0 is plain top-k routing.
+        weights: what mixes the chosen experts' outputs. "clean": softmax(R), the letter of equation 1, where noise
+            decides only which experts run. "perturbed": softmax(R + tau * G), the other reading.
+    """
+    if rosters < 1:
+        raise ValueError(f"rosters must be at least 1, not {rosters}")
+    if weights not in ("clean", "perturbed"):
+        raise ValueError(f"weights must be clean or perturbed, not {weights}")
+
+    def route(layer, logits):
+        if rosters == 1 or tau[layer] == 0:
+            return top_k(config, logits)
+        # Up to the first noisy router all rosters are the same one row.
+        logits = logits.float().expand(rosters, -1, -1)
+        noise = gumbel((rosters - 1, *logits.shape[1:]), generator)
+        noisy = torch.cat((logits[:1], logits[1:] + tau[layer] * noise))
+        return top_k(config, noisy) if weights == "perturbed" else top_k(config, logits, selection=noisy)
+
+    return route
+
+
+# ---- Predicting a token (sections 2.3 and 3.1) ----------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def predict(
+    model: OLMoE,
+    tokens: Sequence[int],
+    cache: SharedCache | BranchingCache,
+    rosters: int,
+    tau: float | Sequence[float],
+    generator: torch.Generator,
+    weights: str = "clean",
+) -> Tensor:
+    """Predicts the token that follows, once per roster, in one batched forward pass.
+
+    Args:
+        tokens: a sequence of T >= 1 token ids that follow those in the cache. Only the last one is stochastic.
+        cache: a `SharedCache` or a `BranchingCache`; extended by the T tokens.
+        tau, weights: see `temperatures` and `stochastic_route`.
+        generator: a torch.Generator on the model's device.
+
+    Returns:
+        logits [rosters, vocab_size]; row 0 is the clean path's.
+    """
+    route = stochastic_route(model.config, rosters, temperatures(model.config, tau), generator, weights)
+    tokens = torch.as_tensor(tokens, device=model.device)[None]
+    if tokens.shape[1] > 1:
+        model.hidden(tokens[:, :-1], cache)
+    return model(tokens[:, -1:], cache, route)[:, 0].expand(rosters, -1)
+
+
+def aggregate(logits: Tensor) -> Tensor:
+    """Log of the rosters' mean probability (section 3.1): logits [n, ..., V] -> log-probabilities [..., V], float32."""
+    return logits.float().log_softmax(-1).logsumexp(0) - math.log(len(logits))
+
+
+def choose(log_probs: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """A token id from log-probabilities [V]: the most likely one at temperature 0, else a sample.
+
+    With top_p < 1 the sample is from the smallest set of most likely tokens that has this probability.
+    """
+    if temperature == 0:
+        return log_probs.argmax().item()
+    probs, ids = (log_probs / temperature).softmax(-1).sort(descending=True)
+    probs[probs.cumsum(-1) - probs >= top_p] = 0
+    return ids[probs.multinomial(1, generator=generator)].item()
+
+
+def generate(
+    model: OLMoE,
+    tokens: Sequence[int],
+    rosters: int = 4,
+    tau: float | Sequence[float] = TAU,
+    cache: str = "shared",
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    weights: str = "clean",
+    watch: Callable | None = None,
+) -> Iterator[int]:
+    """Generates text with n rosters for every token.
+
+    Ends before an end-of-text token, after `max_new_tokens`, or when the model's context is full.
+
+    Args:
+        tokens: the prompt, a sequence of token ids.
+        tau, weights: see `temperatures` and `stochastic_route`.
+        cache: "shared": the Clean Cache, one clean history for all rosters. "branching": a history for each roster.
+        temperature, top_p: see `choose`; they apply to the average of the rosters.
+        seed: of the noise and of the sampling; one seed gives one output, on one device and dtype.
+        watch: called as watch(cache, logits [rosters, vocab_size], token) for every token, before it is yielded.
+
+    Yields:
+        token ids, each as soon as it is known.
+
+    Raises:
+        ValueError: an empty prompt, one longer than the context, or an argument out of its range.
+    """
+    config, tau = model.config, temperatures(model.config, tau)
+    if len(tokens) == 0:
+        raise ValueError("the prompt is empty; give at least one token")
+    if len(tokens) > config.max_position_embeddings:
+        raise ValueError(f"the prompt has {len(tokens)} tokens, but the context only {config.max_position_embeddings}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be a number >= 0, not {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
+    if cache not in ("shared", "branching"):
+        raise ValueError(f"cache must be shared or branching, not {cache}")
+
+    max_len = min(config.max_position_embeddings, len(tokens) + max_new_tokens - 1)  # the last token is not read again
+    steps = max_len - len(tokens) + 1
+    if cache == "shared":
+        cache = SharedCache(config, max_len, model.dtype, model.device)
+    else:
+        first_noisy = next((layer for layer, value in enumerate(tau) if value > 0), None)
+        cache = BranchingCache(config, max_len, rosters, len(tokens) - 1, first_noisy, model.dtype, model.device)
+    generator = torch.Generator(model.device).manual_seed(seed)
+    eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    for _ in range(steps):
+        logits = predict(model, tokens, cache, rosters, tau, generator, weights)
+        token = choose(aggregate(logits), temperature, top_p, generator)
+        if token in eos:
+            return
+        if watch:
+            watch(cache, logits, token)
+        yield token
+        tokens = [token]
+
+
+@torch.inference_mode()
+def score(
+    model: OLMoE,
+    tokens: Sequence[int],
+    rosters: int,
+    tau: float | Sequence[float] = TAU,
+    seed: int = 0,
+    weights: str = "clean",
+) -> Tensor:
+    """Log-probability of every token of a text under 1, 2, ..., n rosters, from one pass (section 2.2, validation).
+
+    With the shared cache a token's noise reaches no other token. One forward pass over T tokens with n rows therefore
+    equals decoding token by token: row r at position t sees the clean history before t and itself.
+
+    Args:
+        tokens: T >= 2 token ids. A text longer than the context is scored in pieces of that length, each without the
+            tokens before it.
+        tau, weights: see `temperatures` and `stochastic_route`.
+
+    Returns:
+        log-probabilities [rosters, T - 1] in float32; row n - 1 is that of tokens[1:] under n rosters.
+
+    Raises:
+        ValueError: fewer than two tokens, or an argument out of its range.
+    """
+    config = model.config
+    if len(tokens) < 2:
+        raise ValueError(f"the text is too short to score: it has {len(tokens)} tokens, at least 2 are needed")
+    generator = torch.Generator(model.device).manual_seed(seed)
+    route = stochastic_route(config, rosters, temperatures(config, tau), generator, weights)
+    tokens = torch.as_tensor(tokens, device=model.device)
+    inputs, targets = tokens[:-1], tokens[1:]
+    chunk = max(1, 512 // rosters)  # bounds the rows times positions, and with them the memory
+    scores = []
+    context = config.max_position_embeddings
+    with tqdm(total=len(targets), desc="scoring", unit="token", leave=False, delay=1, disable=None) as progress:
+        for piece, wanted in zip(inputs.split(context), targets.split(context)):
+            cache = SharedCache(config, len(piece), model.dtype, model.device)
+            for part, target in zip(piece.split(chunk), wanted.split(chunk)):
+                log_probs = model(part[None], cache, route).float().log_softmax(-1)
+                index = target.expand(len(log_probs), -1).unsqueeze(-1)
+                scores.append(log_probs.gather(-1, index).squeeze(-1).expand(rosters, -1))
+                progress.update(len(part))
+    counts = torch.arange(1, rosters + 1, device=model.device)
+    return torch.cat(scores, 1).logcumsumexp(0) - counts.log()[:, None]
+
+
+# ---- The command line -----------------------------------------------------------------------------------------------
+
+
+def stream(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+    """Token ids to pieces of text, each as soon as its last character is whole: a character can span several tokens."""
+    pending = []
+    for token in tokens:
+        pending.append(token)
+        text = tokenizer.decode(pending)
+        if not text.endswith("\ufffd"):  # what an incomplete character decodes to
+            yield text
+            pending = []
+    yield tokenizer.decode(pending)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Generate or score text with Roster of Experts (arXiv 2509.17238): for every token, N stochastic "
+        "rosters of a mixture-of-experts model's experts run as one batch, and their predictions are averaged.",
+        epilog="Defaults are in brackets. Text goes to standard output, statistics and errors to standard error. "
+        "Exit status: 0; 2 for bad input; 130 when interrupted before there is any text.",
+    )
+    group = parser.add_argument_group("what to do").add_mutually_exclusive_group(required=True)
+    group.add_argument("--prompt", metavar="TEXT", help="continue this text; - reads it from standard input")
+    group.add_argument("--ppl", metavar="FILE", help="print the perplexity of a text file for every count in --rosters")
+
+    add = parser.add_argument_group("the rosters").add_argument
+    add("--rosters", metavar="N", type=int, nargs="+", default=[4], help="rosters per token; 1 is plain decoding [4]")
+    add("--tau", default=str(TAU), help=f"noise temperature, or a JSON file with a list of one per layer [{TAU}]")
+    add(
+        "--skip", metavar="L", type=int, default=1, help="first and last layers without noise, if --tau is a number [1]"
+    )
+    weights = "what mixes the chosen experts: softmax(R), as in equation 1, or softmax(R + tau G) [clean]"
+    add("--weights", choices=["clean", "perturbed"], default="clean", help=weights)
+    cache = "one clean history for all rosters, or one history for each [shared]"
+    add("--cache", choices=["shared", "branching"], default="shared", help=cache)
+    add("--seed", metavar="N", type=int, default=0, help="of noise and sampling; one seed gives one output [0]")
+
+    add = parser.add_argument_group("the text").add_argument
+    add("--max-new-tokens", metavar="N", type=int, default=128, help="stop after this many tokens [128]")
+    add(
+        "--temperature",
+        metavar="T",
+        type=float,
+        default=0.0,
+        help="sample at this temperature [0, the likeliest token]",
+    )
+    add("--top-p", metavar="P", type=float, default=1.0, help="sample from the likeliest tokens of this total mass [1]")
+    add("--chat", action="store_true", help="wrap the prompt as the OLMoE Instruct models expect it")
+
+    add = parser.add_argument_group("the model").add_argument
+    model = "directory, or hub id such as allenai/OLMoE-1B-7B-0125-Instruct [the small model that comes with RoE]"
+    add("--model", help=model)
+    add("--device", default="auto", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
+    dtypes = ["auto", "bfloat16", "float16", "float32"]
+    add("--dtype", choices=dtypes, default="auto", help="of the weights [as they are stored]")
+
+    parser.error = fail
+    args = parser.parse_args()
+    if min(args.rosters) < 1:
+        fail(f"--rosters must be at least 1, not {min(args.rosters)}")
+    if args.prompt is not None and len(args.rosters) > 1:
+        fail("--rosters takes one count with --prompt; several are for --ppl")
+    if args.ppl is not None and args.cache != "shared":
+        fail("--ppl scores with the shared cache only; leave out --cache branching")
+    return args
+
+
+def fail(message: object) -> NoReturn:
+    """Ends the program with one line on standard error and exit status 2."""
+    print("roe.py: error:", " ".join(str(message).split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def read_text(args: argparse.Namespace) -> str:
+    """The prompt, or the text to be scored."""
+    if args.ppl is not None:
+        name, data = args.ppl, Path(args.ppl).read_bytes()
+    else:
+        name, data = "the prompt", sys.stdin.buffer.read() if args.prompt == "-" else os.fsencode(args.prompt)
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text (byte {error.start}); convert it first") from error
+    if not text:
+        raise ValueError(f"{name} is empty; give some text")
+    if args.chat and args.ppl is None:
+        return f"<|endoftext|><|user|>\n{text}\n<|assistant|>\n"
+    return text
+
+
+def read_tau(argument: str, config: Config, skip: int) -> list[float]:
+    """The temperatures that --tau stands for."""
+    path = Path(argument)
+    try:
+        tau = [float(value) for value in json.loads(path.read_bytes())] if path.is_file() else float(argument)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--tau takes a number or a JSON file with a list of them; {argument} is neither") from error
+    return temperatures(config, tau, skip)
+
+
+def print_generation(args, model, tokenizer, tokens, tau) -> None:
+    """Streams the text to standard output, then one line of statistics to standard error."""
+    times, overruled, nbytes = [], 0, 0
+
+    def watch(cache, logits, token):
+        nonlocal overruled, nbytes
+        times.append(time.perf_counter())
+        overruled += (aggregate(logits).argmax() != logits[0].argmax()).item()
+        nbytes = cache.nbytes
+
+    (rosters,) = args.rosters
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
+    generated = generate(
+        model, tokens, rosters, tau, args.cache, args.max_new_tokens, **sampling, weights=args.weights, watch=watch
+    )
+    try:
+        for text in stream(tokenizer, generated):
+            print(text, end="", flush=True)
+    except KeyboardInterrupt:
+        pass  # what has been generated stands
+    speed = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else math.nan
+    print(flush=True)
+    print(
+        f"{len(times)} tokens, {speed:.1f} tokens/s, rosters: {rosters}, cache: {nbytes:,} bytes; "
+        f"the average overruled the clean roster on {overruled} of the tokens",
+        file=sys.stderr,
+    )
+
+
+def print_perplexity(args, model, tokens, tau) -> None:
+    """Prints a table of perplexity against the number of rosters."""
+    perplexity = score(model, tokens, max(args.rosters), tau, args.seed, args.weights).mean(1).neg().exp().tolist()
+    print("rosters  perplexity  change")
+    for n in args.rosters:
+        print(f"{n:7}  {perplexity[n - 1]:10.4f}  {perplexity[n - 1] / perplexity[0] - 1:+.2%}")
+
+
+def main() -> None:
+    args = parse_arguments()
+    try:
+        text = read_text(args)
+        model, tokenizer = load(args.model, args.device, args.dtype)
+        tokens = tokenizer.encode(text).ids
+        tau = read_tau(args.tau, model.config, args.skip)
+        if args.ppl is None:
+            print_generation(args, model, tokenizer, tokens, tau)
+        else:
+            print_perplexity(args, model, tokens, tau)
+    except BrokenPipeError:  # the reader has seen enough, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        fail(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,641 @@
+"""Tests against independent oracles.
+
+The model against Hugging Face transformers; n rosters in one batch against n separate runs of transformers' model with
+the same noise in its routers; the routing against the closed-form Plackett-Luce distribution.
+
+Tolerances: float32 sums in another order differ by about 1e-6 of the largest term, which a few layers amplify; logits
+here are of order 1 to 10, so 1e-4 is far above the rounding and far below the effect of one wrong expert (about 1e-1).
+"""
+
+import copy
+import io
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tokenizers
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache, OlmoeConfig, OlmoeForCausalLM
+
+import roe
+from cache import BranchingCache, SharedCache
+from load import load
+from model import Config
+
+torch.set_num_threads(1)  # models this small do not gain from more, and lose where the processor is shared
+
+ROOT = Path(__file__).parent
+CLOSE = {"rtol": 0, "atol": 1e-4}
+SMALL = {
+    "vocab_size": 304,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 128,
+    "eos_token_id": None,
+    "initializer_range": 0.2,  # large enough that attention, routing and experts all matter
+}
+CONFIGS = {
+    "plain": {},
+    "grouped-query": {"num_key_value_heads": 2},
+    "one kv head": {"num_key_value_heads": 1, "num_attention_heads": 8},
+    "normalised top-k": {"norm_topk_prob": True, "num_experts_per_tok": 3},
+    "clipped qkv": {"clip_qkv": 0.5},
+    "tied head": {"tie_word_embeddings": True},
+    "40 experts top 8": {"num_experts": 40, "num_experts_per_tok": 8},
+    "4 experts top 2, 1 layer": {"num_experts": 4, "num_hidden_layers": 1},
+    "rope and norm": {"rope_parameters": {"rope_theta": 50.0, "rope_type": "default"}, "rms_norm_eps": 1e-2},
+}
+
+FUSED = {"save_original_format": False}  # all experts of a layer in two tensors
+
+
+def save(path, dtype=torch.float32, changes=None, **how):
+    """Writes a model with random weights as transformers does, and a byte-level tokenizer; returns its model."""
+    torch.manual_seed(0)
+    hf = OlmoeForCausalLM(OlmoeConfig(**SMALL | (changes or {}))).eval()
+    with torch.no_grad():
+        for name, parameter in hf.named_parameters():  # a norm of ones would hide a missing or misplaced one
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    hf = hf.to(dtype)
+    hf.save_pretrained(path, **how)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(sorted(alphabet))}, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.save(str(path / "tokenizer.json"))
+    return hf
+
+
+def random_tokens(count, seed=1):
+    return torch.randint(256, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A directory with a small random model, transformers' model and ours. To be read only."""
+    path = tmp_path_factory.mktemp("small")
+    hf = save(path, changes={"num_key_value_heads": 2})
+    return SimpleNamespace(path=path, hf=hf, model=load(path, "cpu")[0])
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    # In float32, where tokens do not depend on how a processor rounds bfloat16 products.
+    return load(device="cpu", dtype="float32")
+
+
+# ---- The model and its files, against transformers ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.inference_mode()
+def test_model_equals_transformers(tmp_path, name):
+    hf = save(tmp_path, changes=CONFIGS[name])
+    model, _ = load(tmp_path, "cpu")
+    tokens = random_tokens(40)
+    torch.testing.assert_close(model(torch.tensor([tokens])), hf(torch.tensor([tokens])).logits, **CLOSE)
+
+    cache = SharedCache(model.config, 40)  # the same in pieces, through the cache
+    logits = [model(torch.tensor([piece]), cache) for piece in (tokens[:7], tokens[7:30], tokens[30:31], tokens[31:])]
+    torch.testing.assert_close(torch.cat(logits, 1), hf(torch.tensor([tokens])).logits, **CLOSE)
+
+    expected = hf.generate(torch.tensor([tokens]), do_sample=False, max_new_tokens=64, pad_token_id=0)[0, 40:]
+    assert list(roe.generate(model, tokens, rosters=1, max_new_tokens=64)) == expected.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"max_shard_size": "60KB"}, FUSED, FUSED | {"max_shard_size": "60KB"}],
+    ids=["single", "sharded", "fused", "fused and sharded"],
+)
+def test_every_layout_of_weights_loads_exactly(tmp_path, dtype, how):
+    hf = save(tmp_path, dtype, **how)
+    assert (tmp_path / "model.safetensors.index.json").exists() == ("max_shard_size" in how)
+    model, tokenizer = load(tmp_path, "cpu")
+    assert model.dtype == dtype and tokenizer.get_vocab_size() == 256
+    expected = {name.removeprefix("model."): tensor for name, tensor in hf.state_dict().items()}
+    assert model.state_dict().keys() == expected.keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_config_of_the_first_release(small, tmp_path):
+    """The 0924 files have rope_theta at the top level and no rms_norm_eps."""
+    config = json.loads((small.path / "config.json").read_text())
+    for file in small.path.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    del config["rope_parameters"], config["rms_norm_eps"]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rope_theta": 1234.0, "rope_scaling": None}))
+    assert load(tmp_path, "cpu")[0].config.rope_theta == 1234.0
+    assert load(tmp_path, "cpu")[0].config.rms_norm_eps == 1e-5
+
+
+@torch.inference_mode()
+def test_bfloat16_is_as_close_to_float32_as_transformers_is(tmp_path):
+    """Two roundings of the same numbers differ from each other, so both are compared with float32.
+
+    Tokens whose routing flips between near-equal experts are off by far more than rounding; the median ignores them.
+    """
+    hf = save(tmp_path, torch.bfloat16, {"num_experts": 16, "num_experts_per_tok": 4})
+    tokens = torch.tensor([random_tokens(120)])
+    ours, theirs = load(tmp_path, "cpu")[0](tokens), hf(tokens).logits
+    exact = hf.float()(tokens).logits
+    error = (ours - exact).abs().median()
+    assert 0 < error < 1.25 * (theirs - exact).abs().median()
+
+
+def test_embedded_model_loads_in_transformers_too(embedded):
+    model, tokenizer = embedded
+    hf = OlmoeForCausalLM.from_pretrained(ROOT / "tiny", dtype=torch.float32)
+    tokens = tokenizer.encode("import os\n\n\ndef main():\n    ").ids
+    with torch.inference_mode():
+        torch.testing.assert_close(model(torch.tensor([tokens])), hf(torch.tensor([tokens])).logits, **CLOSE)
+
+
+# ---- Stochastic routing, against the closed form --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tau", [0.2, 0.5, 1.0])
+def test_selection_follows_plackett_luce(tau):
+    """Gumbel-top-k draws k experts without replacement from softmax(R / tau), in the order of perturbed logits."""
+    config, draws = Config(0, 0, 0, 1, 1, 1, num_experts=5, num_experts_per_tok=2, max_position_embeddings=0), 200_000
+    logits = torch.tensor([0.3, 0.0, 0.1, 0.4, 0.2])
+    route = roe.stochastic_route(config, 2, [tau], torch.Generator().manual_seed(0))
+    _, indices = route(0, logits.expand(1, draws, 5))
+    assert (indices[0] == torch.tensor([3, 0])).all()  # row 0 is clean
+    p = (logits.double() / tau).softmax(0).tolist()
+    chi_square = 0.0
+    for i, j in itertools.permutations(range(5), 2):
+        expected = draws * p[i] * p[j] / (1 - p[i])
+        assert expected > 5  # else the statistic would not follow its distribution
+        observed = (indices[1] == torch.tensor([i, j])).all(-1).sum().item()
+        chi_square += (observed - expected) ** 2 / expected
+    assert chi_square < 43.82  # the 99.9 % quantile for 20 - 1 degrees of freedom
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_mixing_weights(monkeypatch, normalised):
+    """Both readings of equation 1, computed by hand for one token with known noise."""
+    config = Config(0, 0, 0, 1, 1, 1, 4, 2, 0, norm_topk_prob=normalised)
+    monkeypatch.setattr(roe, "gumbel", lambda shape, generator: torch.tensor([0.0, 0.0, 2.0, 1.0]).expand(shape))
+    logits = torch.tensor([[[3.0, 2.0, 1.0, 0.0]]])  # with the noise at tau 1: 3, 2, 3, 1, so that 0 and 2 are chosen
+    for weights, mixed in (("clean", [3.0, 2.0, 1.0, 0.0]), ("perturbed", [3.0, 2.0, 3.0, 1.0])):
+        got, indices = roe.stochastic_route(config, 2, [1.0], None, weights)(0, logits)
+        probs = torch.tensor([[3.0, 2.0, 1.0, 0.0], mixed]).softmax(-1)
+        expected = torch.stack((probs[0, [0, 1]], probs[1, [0, 2]]))
+        if normalised:
+            expected /= expected.sum(-1, keepdim=True)
+        assert indices[0, 0].tolist() == [0, 1] and sorted(indices[1, 0].tolist()) == [0, 2]
+        torch.testing.assert_close(got[:, 0].sort(descending=True).values, expected)
+
+
+def test_temperatures():
+    config = Config(0, 0, 0, 5, 1, 1, 4, 2, 0)
+    assert roe.temperatures(config, 0.3) == [0, 0.3, 0.3, 0.3, 0]
+    assert roe.temperatures(config, 0.3, skip=2) == [0, 0, 0.3, 0, 0]
+    assert roe.temperatures(config, 0.3, skip=0) == [0.3] * 5
+    assert roe.temperatures(config, [0.1, 0, 0.2, 0, 0.3]) == [0.1, 0, 0.2, 0, 0.3]
+    for tau, skip in ((-0.1, 1), (math.nan, 1), (math.inf, 1), ([0.1] * 4, 1), (0.1, -1)):
+        with pytest.raises(ValueError):
+            roe.temperatures(config, tau, skip)
+
+
+# ---- The roster batch, against n separate runs of transformers ------------------------------------------------------
+
+TAU = [0.0, 0.5, 0.0, 1.0]  # the first noisy router is that of layer 1
+
+
+def with_noise(hf, tokens, past, noise, weights):
+    """Runs transformers' model on tokens after `past`, with noise [L, E] in its routers at the last; logits [V]."""
+
+    def noisy_router(gate, layer):
+        def forward(hidden):
+            logits = F.linear(hidden.view(-1, gate.hidden_dim), gate.weight)
+            noisy = logits.clone()
+            noisy[-1] += TAU[layer] * noise[layer]
+            indices = noisy.argsort(-1, descending=True)[:, : gate.top_k]
+            probs = (noisy if weights == "perturbed" else logits).exp()
+            return logits, (probs / probs.sum(-1, keepdim=True)).gather(-1, indices), indices
+
+        return forward
+
+    for layer, block in enumerate(hf.model.layers):
+        block.mlp.gate.forward = noisy_router(block.mlp.gate, layer)
+    try:
+        return hf(torch.tensor([tokens]), past_key_values=past, use_cache=True).logits[0, -1]
+    finally:
+        for block in hf.model.layers:
+            del block.mlp.gate.forward
+
+
+@pytest.mark.parametrize("weights", ["clean", "perturbed"])
+@pytest.mark.parametrize("kind", ["shared", "branching"])
+@torch.inference_mode()
+def test_rosters_equal_separate_runs(small, monkeypatch, kind, weights):
+    n, prompt, forced = 4, random_tokens(12), random_tokens(10, seed=2)
+    model, E = small.model, SMALL["num_experts"]
+    recorded, real = [], roe.gumbel
+    monkeypatch.setattr(roe, "gumbel", lambda *args: recorded.append(real(*args)) or recorded[-1])
+    if kind == "shared":
+        cache = SharedCache(model.config, 22)
+    else:
+        cache = BranchingCache(model.config, 22, n, len(prompt) - 1, first_noisy=1)
+    generator = torch.Generator().manual_seed(3)
+
+    clean = DynamicCache(config=small.hf.config)
+    small.hf(torch.tensor([prompt[:-1]]), past_key_values=clean, use_cache=True)
+    histories = [copy.deepcopy(clean) for _ in range(n)]
+    # The last token of the prompt, then ten more, the same for all rosters.
+    for step, tokens in enumerate([prompt] + [[token] for token in forced]):
+        recorded.clear()
+        logits = roe.predict(model, tokens, cache, n, TAU, generator, weights)
+        assert [noise.shape for noise in recorded] == [(n - 1, 1, E)] * 2  # once per noisy layer, none for row 0
+        assert cache.length == len(prompt) + step
+        for row in range(n):
+            noise = torch.zeros(4, E)
+            if row > 0:
+                noise[1], noise[3] = recorded[0][row - 1, 0], recorded[1][row - 1, 0]
+            past = histories[row] if kind == "branching" else copy.deepcopy(histories[0])
+            expected = with_noise(small.hf, tokens[-1:], past, noise, weights)
+            torch.testing.assert_close(logits[row], expected, **CLOSE)
+        if kind == "shared":
+            with_noise(small.hf, tokens[-1:], histories[0], torch.zeros(4, E), weights)
+        assert (logits[1:] - logits[0]).abs().max() > 0.1  # the noise did change predictions
+
+
+@torch.inference_mode()
+def test_scoring_equals_decoding(small, monkeypatch):
+    """One pass over a text gives what decoding token by token gives, given the same noise, for every n."""
+    n, tokens = 64, random_tokens(30)  # 64 rosters: chunks of 8 tokens
+    noise = roe.gumbel((4, n - 1, len(tokens), SMALL["num_experts"]), torch.Generator().manual_seed(0))
+    layers, done = itertools.cycle((1, 3)), {1: 0, 3: 0}  # the noisy ones take turns
+
+    def replay(shape, generator):
+        layer = next(layers)
+        done[layer] += shape[1]
+        return noise[layer, :, done[layer] - shape[1] : done[layer]]
+
+    monkeypatch.setattr(roe, "gumbel", replay)
+    scores = roe.score(small.model, tokens, n, TAU)
+    assert scores.shape == (n, len(tokens) - 1)
+    done.update({1: 0, 3: 0})
+    cache = SharedCache(small.model.config, len(tokens))
+    for t in range(len(tokens) - 1):
+        logits = roe.predict(small.model, tokens[t : t + 1], cache, n, TAU, None)
+        for count in (1, 2, 3, n):
+            log_prob = roe.aggregate(logits[:count])[tokens[t + 1]]
+            torch.testing.assert_close(scores[count - 1, t], log_prob, **CLOSE)
+
+
+def test_scoring_a_text_longer_than_the_context(small):
+    tokens = random_tokens(300)  # the context is 128
+    pieces = [roe.score(small.model, tokens[i : i + 129], 1) for i in (0, 128, 256)]
+    torch.testing.assert_close(roe.score(small.model, tokens, 1), torch.cat(pieces, 1))
+    with torch.inference_mode():
+        logits = small.hf(torch.tensor([tokens[:128]])).logits[0].log_softmax(-1)
+    expected = logits.gather(-1, torch.tensor(tokens[1:129])[:, None])[:, 0]
+    torch.testing.assert_close(pieces[0][0], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["shared", "branching"])
+def test_without_noise_rosters_equal_one_roster_exactly(small, kind):
+    prompt = random_tokens(10)
+    seen = {}
+    for n in (1, 4):
+        tokens, seen[n] = [], []
+        for token in roe.generate(
+            small.model, prompt, n, 0.0, kind, 20, watch=lambda cache, logits, token, n=n: seen[n].append(logits)
+        ):
+            tokens.append(token)
+        assert len(tokens) == 20
+    for one, four in zip(seen[1], seen[4], strict=True):
+        assert torch.equal(one.expand(4, -1), four)
+
+
+def test_one_row_until_the_first_noisy_router(small, monkeypatch):
+    rows, update = [], SharedCache.update
+    monkeypatch.setattr(
+        SharedCache, "update", lambda self, layer, k, v: rows.append(len(k)) or update(self, layer, k, v)
+    )
+    cache = SharedCache(small.model.config, 8)
+    generator = torch.Generator().manual_seed(0)
+    roe.predict(small.model, [1, 2, 3], cache, 5, TAU, generator)
+    assert rows == [1, 1, 1, 1] + [1, 1, 5, 5]  # the prompt but its last token; the last token
+    rows.clear()
+    roe.score(small.model, [1, 2, 3], 5, TAU)
+    assert rows == [1, 1, 5, 5]
+
+
+# ---- Aggregation, decoding, caches ----------------------------------------------------------------------------------
+
+
+def test_aggregate_is_the_mean_probability():
+    logits = torch.randn(7, 3, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float32) * 20
+    expected = logits.double().softmax(-1).mean(0).log()
+    torch.testing.assert_close(roe.aggregate(logits), expected.float(), rtol=1e-5, atol=1e-4)
+    certain = torch.tensor([[1e4, 0.0], [0.0, 1e4]])  # where a mean of probabilities would underflow
+    torch.testing.assert_close(roe.aggregate(certain), torch.tensor([0.5, 0.5]).log())
+
+
+def test_sampling_follows_temperature_and_top_p():
+    generator = torch.Generator().manual_seed(0)
+    p = torch.tensor([0.15, 0.5, 0.05, 0.3])
+    assert roe.choose(p.log(), 0.0, 1.0, generator) == 1
+
+    def frequencies(temperature, top_p, draws=4000):
+        tokens = torch.tensor([roe.choose(p.log(), temperature, top_p, generator) for _ in range(draws)])
+        return tokens.bincount(minlength=4) / draws
+
+    close = {"rtol": 0, "atol": 0.03}  # nearly 4 standard deviations of a frequency over 4,000 draws
+    torch.testing.assert_close(frequencies(1.0, 1.0), p, **close)
+    torch.testing.assert_close(frequencies(0.5, 1.0), p**2 / (p**2).sum(), **close)
+    torch.testing.assert_close(frequencies(1.0, 0.7), torch.tensor([0, 0.625, 0, 0.375]), **close)
+    assert frequencies(1.0, 1e-6)[1] == 1  # at least one token is left
+
+
+def test_generation_ends(small, monkeypatch):
+    prompt = random_tokens(100)
+    assert len(list(roe.generate(small.model, prompt, 2, max_new_tokens=5))) == 5
+    tokens = list(roe.generate(small.model, prompt, 2, max_new_tokens=500))
+    assert len(tokens) == 29  # the context of 128 is full: the last of its tokens still predicts one
+    assert len(list(roe.generate(small.model, random_tokens(128), 2))) == 1
+    stop = tokens[10]
+    for eos in (stop, [stop, 303]):
+        monkeypatch.setattr(small.model.config, "eos_token_id", eos)
+        assert list(roe.generate(small.model, prompt, 2)) == tokens[: tokens.index(stop)]
+
+
+def test_one_seed_one_output(small):
+    def run(seed, **options):
+        return list(roe.generate(small.model, [1, 2, 3], 4, 2.0, max_new_tokens=30, seed=seed, **options))
+
+    assert run(0) == run(0) != run(1)
+    assert run(0, temperature=1.0) == run(0, temperature=1.0) != run(0)
+    assert torch.equal(roe.score(small.model, range(20), 4, 1.0), roe.score(small.model, range(20), 4, 1.0))
+    assert not torch.equal(roe.score(small.model, range(20), 4, 1.0), roe.score(small.model, range(20), 4, 1.0, seed=1))
+
+
+def test_cache_bytes(small):
+    def nbytes(rosters, kind):
+        seen = []
+        prompt = random_tokens(11)
+        for _ in roe.generate(
+            small.model, prompt, rosters, TAU, kind, 20, watch=lambda cache, *_: seen.append(cache.nbytes)
+        ):
+            pass
+        assert len(set(seen)) == 1  # preallocated
+        return seen[0]
+
+    position = 2 * 2 * 16 * 4  # keys and values, kv heads, head_dim, float32
+    assert nbytes(1, "shared") == nbytes(64, "shared") == 4 * 30 * position  # 4 layers, 11 + 19 positions
+    assert nbytes(1, "branching") == 4 * 30 * position
+    # Layers 0 and 1, up to the first noisy router, hold one row; the prompt but its last token is shared.
+    assert nbytes(8, "branching") == (2 * 30 + 2 * (10 + 8 * 20)) * position
+
+
+def test_embedded_model_writes_what_it_wrote(embedded):
+    model, tokenizer = embedded
+    tokens = tokenizer.encode("def read(self, size=-1):").ids
+    text = tokenizer.decode(list(roe.generate(model, tokens, 4, 0.2, max_new_tokens=24, seed=0)))
+    assert text == EXPECTED
+
+
+EXPECTED = ""
+
+
+def test_streaming_keeps_characters_whole(embedded):
+    _, tokenizer = embedded
+    text = "naïve café, Ελληνικά, 日本語, 🎉👩‍👩‍👧!"
+    pieces = list(roe.stream(tokenizer, tokenizer.encode(text).ids))
+    assert "".join(pieces) == text
+    assert len(pieces) > 10 and not any("\ufffd" in piece for piece in pieces)
+    cut = tokenizer.encode("日").ids[:-1]
+    assert "".join(roe.stream(tokenizer, cut)) == tokenizer.decode(cut)  # what stays incomplete is not lost
+
+
+# ---- The command line -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cli(monkeypatch, capfd):
+    """Runs the command line in this process; returns exit status, standard output, standard error."""
+
+    def run(*arguments, stdin=b""):
+        monkeypatch.setattr(sys, "argv", ["roe.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        status = 0
+        try:
+            roe.main()
+        except SystemExit as error:
+            status = error.code
+        return status, *capfd.readouterr()
+
+    return run
+
+
+def test_prompt(cli, embedded):
+    model, tokenizer = embedded
+    for options, keywords in (
+        ([], {"rosters": 4}),
+        (["--rosters", 2, "--tau", 0.5, "--skip", 2, "--weights", "perturbed", "--cache", "branching", "--seed", 3],
+         {"rosters": 2, "tau": [0, 0, 0.5, 0.5, 0, 0], "weights": "perturbed", "cache": "branching", "seed": 3}),
+        (["--temperature", 0.8, "--top-p", 0.9], {"temperature": 0.8, "top_p": 0.9}),
+    ):  # fmt: skip
+        status, out, err = cli(
+            "--prompt", "class ", "--max-new-tokens", 20, "--dtype", "float32", "--device", "cpu", *options
+        )
+        tokens = list(roe.generate(model, tokenizer.encode("class ").ids, max_new_tokens=20, **keywords))
+        assert (status, out) == (0, tokenizer.decode(tokens) + "\n")
+        assert err.startswith(f"{len(tokens)} tokens, ") and err.count("\n") == 1
+        assert f"rosters: {keywords.get('rosters', 4)}, " in err
+
+
+def test_prompt_from_standard_input_and_chat(cli, embedded):
+    model, tokenizer = embedded
+    for options, prompt in ([], "x = é"), (["--chat"], "<|endoftext|><|user|>\nx = é\n<|assistant|>\n"):
+        status, out, _ = cli("--prompt", "-", "--dtype", "float32", "--device", "cpu", *options, stdin="x = é".encode())
+        assert (status, out) == (0, tokenizer.decode(list(roe.generate(model, tokenizer.encode(prompt).ids))) + "\n")
+
+
+def test_perplexity_table(cli, embedded, tmp_path):
+    model, tokenizer = embedded
+    text = "import os\n\n\ndef join(*paths):\n    return os.path.join(*paths)\n"
+    (tmp_path / "text.py").write_text(text)
+    (tmp_path / "tau.json").write_text("[0, 0.1, 0.2, 0.3, 0.4, 0]")
+    scores = roe.score(model, tokenizer.encode(text).ids, 8, [0, 0.1, 0.2, 0.3, 0.4, 0])
+    status, out, _ = cli("--ppl", tmp_path / "text.py", "--rosters", 1, 2, 8, "--tau", tmp_path / "tau.json",
+                         "--dtype", "float32", "--device", "cpu")  # fmt: skip
+    rows = [line.split() for line in out.splitlines()[1:]]
+    assert status == 0 and [int(row[0]) for row in rows] == [1, 2, 8]
+    for row in rows:
+        assert float(row[1]) == pytest.approx(math.exp(-scores[int(row[0]) - 1].mean()), abs=1e-3)
+
+
+def test_as_a_program():
+    """A fresh interpreter: text streams while it is generated, and Ctrl-C ends it without a traceback."""
+    command = [sys.executable, ROOT / "roe.py", "--prompt", "import ", "--max-new-tokens", "400"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.read(1)
+        time.sleep(0.2)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and err.count(b"\n") == 1 and b"tokens/s" in err
+
+
+BAD_ARGUMENTS = {
+    "rosters 0": (["--rosters", "0"], "rosters must be at least 1"),
+    "rosters not a number": (["--rosters", "many"], "invalid int value"),
+    "two counts for a prompt": (["--rosters", "1", "2"], "--ppl"),
+    "tau negative": (["--tau", "-0.1"], "tau must be a number >= 0, not -0.1"),
+    "tau nan": (["--tau", "nan"], "tau must be a number >= 0, not nan"),
+    "tau not a number": (["--tau", "warm"], "warm is neither"),
+    "unknown device": (["--device", "abacus"], "device abacus cannot be used"),
+    "device not there": (["--device", "cuda:99"], "device cuda:99 cannot be used"),
+    "unknown dtype": (["--dtype", "int8"], "invalid choice"),
+    "unknown option": (["--rooster", "4"], "unrecognized arguments"),
+    "empty prompt": (["--prompt", ""], "the prompt is empty"),
+    "prompt longer than the context": (["--prompt", "x" * 2000], "but the context only 512"),
+    "max_new_tokens 0": (["--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
+    "top_p 0": (["--top-p", "0"], "top_p must be above 0"),
+    "temperature negative": (["--temperature", "-1"], "temperature must be"),
+    "skip negative": (["--skip", "-1"], "skip must be at least 0"),
+    "no such directory": (["--model", "no/such/directory"], "there is no directory no/such/directory"),
+    "no such text": (["--ppl", "missing.txt"], "missing.txt"),
+    "branching scores": (["--ppl", __file__, "--cache", "branching"], "shared cache only"),
+}
+
+
+def refused(result, sentence):
+    status, out, err = result
+    assert status == 2 and out == "" and err.count("\n") == 1 and err.startswith("roe.py: error: ")
+    assert sentence in err
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_bad_arguments(cli, name):
+    arguments, sentence = BAD_ARGUMENTS[name]
+    what = [] if {"--prompt", "--ppl"} & set(arguments) else ["--prompt", "x"]
+    refused(cli(*what, *arguments), sentence)
+
+
+def test_bad_texts_and_tau_files(cli, tmp_path):
+    refused(cli("--prompt", "-", stdin=b"caf\xe9"), "the prompt is not UTF-8")
+    refused(cli("--prompt", os.fsdecode(b"caf\xe9")), "the prompt is not UTF-8")
+    text = tmp_path / "text.txt"
+    text.write_text("x")
+    refused(cli("--ppl", text), "too short to score")
+    text.write_bytes(b"\xff\xfe")
+    refused(cli("--ppl", text), "is not UTF-8")
+    for tau, sentence in (
+        ("[0.1, 0.2]", "tau has 2 values"),
+        ("null", "neither"),
+        ("[0.1", "neither"),
+        ('["a"]', "neither"),
+    ):
+        text.write_text(tau)
+        refused(cli("--prompt", "x", "--tau", text), sentence)
+
+
+def rewrite(file, change):
+    """Applies a change to a JSON file's dict, or to a safetensors file's tensors."""
+    from safetensors.torch import load_file, save_file
+
+    if file.suffix == ".json":
+        content = json.loads(file.read_text())
+        change(content)
+        file.write_text(json.dumps(content))
+    else:
+        content = load_file(file)
+        change(content)
+        save_file(content, file)
+
+
+SHARD = "model-00002-of-00003.safetensors"
+INDEX = "model.safetensors.index.json"
+EXPERT = "model.layers.1.mlp.experts.5.up_proj.weight"
+
+
+def config_with(**changes):
+    return lambda path: rewrite(path / "config.json", lambda content: content.update(changes))
+
+
+def shard_with(**tensors):
+    return lambda path: rewrite(path / SHARD, lambda content: content.update(tensors))
+
+
+def index_with(file):
+    return lambda path: rewrite(path / INDEX, lambda content: content["weight_map"].update(x=file))
+
+
+BAD_MODELS = {
+    "no config": (lambda path: (path / "config.json").unlink(), "there is no"),
+    "config not JSON": (lambda path: (path / "config.json").write_text("{"), "is not JSON"),
+    "config not an object": (lambda path: (path / "config.json").write_text("[]"), "is not a JSON object"),
+    "config lacks a field": (config_with(num_experts=None), "lacks num_experts"),
+    "not OLMoE": (config_with(model_type="llama"), "model_type 'llama' is not implemented"),
+    "hidden_act": (config_with(hidden_act="gelu"), "hidden_act 'gelu' is not implemented"),
+    "attention bias": (config_with(attention_bias=True), "attention_bias True is not implemented"),
+    "rope scaling": (
+        config_with(rope_scaling={"type": "linear"}),
+        "rope_scaling {'type': 'linear'} is not implemented",
+    ),
+    "rope type": (config_with(rope_parameters={"rope_type": "yarn"}), "rope_type 'yarn' is not implemented"),
+    "quantised": (config_with(quantization_config={"bits": 4}), "quantization_config {'bits': 4} is not implemented"),
+    "head_dim": (config_with(head_dim=32), "head_dim 32 is not implemented"),
+    "odd size": (config_with(intermediate_size=50), "must be multiples of 8"),
+    "too few tokens": (config_with(vocab_size=100), "has 256 tokens, more than the model's 100"),
+    "no tokenizer": (lambda path: (path / "tokenizer.json").unlink(), "tokenizer.json"),
+    "broken tokenizer": (lambda path: (path / "tokenizer.json").write_text("{}"), "is not a tokenizer"),
+    "missing shard": (lambda path: (path / SHARD).unlink(), f"{SHARD}, which {INDEX} lists"),
+    "truncated shard": (lambda path: os.truncate(path / SHARD, 5000), f"{SHARD} is not a complete safetensors file"),
+    "shard is a pickle": (lambda path: torch.save({}, path / SHARD), f"{SHARD} is not a complete safetensors file"),
+    "index lists a pickle": (index_with("pytorch_model.bin"), "pytorch_model.bin, which is not a safetensors file"),
+    "index points outside": (
+        index_with("../x.safetensors"),
+        "../x.safetensors, which is not a safetensors file beside",
+    ),
+    "only a pickle": (
+        lambda path: [file.rename(path / "pytorch_model.bin") for file in path.glob("model*")],
+        "neither model.safetensors nor its index",
+    ),
+    "missing tensor": (lambda path: rewrite(path / SHARD, lambda t: t.pop(EXPERT)), f"tensors missing: {EXPERT}"),
+    "extra tensor": (shard_with(more=torch.ones(1)), "tensors unexpected: more"),
+    "wrong shape": (shard_with(**{EXPERT: torch.ones(48, 63)}), f"wrong shape: {EXPERT} (48, 63) not (48, 64)"),
+    "wrong dtype": (shard_with(**{EXPERT: torch.ones(48, 64, dtype=torch.int8)}), f"{EXPERT} is stored as I8"),
+}
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sharded")
+    save(path, max_shard_size="700KB")
+    assert len(list(path.glob("*.safetensors"))) == 3
+    return path
+
+
+@pytest.mark.parametrize("name", BAD_MODELS)
+def test_bad_models(cli, sharded, tmp_path, name):
+    damage, sentence = BAD_MODELS[name]
+    for file in sharded.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    damage(tmp_path)
+    refused(cli("--model", tmp_path, "--prompt", "x"), sentence)
+    with pytest.raises((ValueError, FileNotFoundError)):
+        load(tmp_path, "cpu")

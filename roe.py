@@ -214,6 +214,8 @@ def score(
     tau: float | Sequence[float] = TAU,
     seed: int = 0,
     weights: str = "clean",
+    cache: SharedCache | None = None,
+    watch: Callable | None = None,
 ) -> Tensor:
     """Log-probability of every token of a text under 1, 2, ..., n rosters, from one pass (section 2.2, validation).
 
@@ -224,6 +226,9 @@ def score(
         tokens: T >= 2 token ids. A text longer than the context is scored in pieces of that length, each without the
             tokens before it.
         tau, weights: see `temperatures` and `stochastic_route`.
+        cache: the clean history before tokens[0], with room for T - 1 more positions, by which it is extended. None: no
+            history.
+        watch: called as watch(log_probs [rosters, t, vocab_size], targets [t]) for every t tokens of the text.
 
     Returns:
         log-probabilities [rosters, T - 1] in float32; row n - 1 is that of tokens[1:] under n rosters.
@@ -243,11 +248,12 @@ def score(
     context = config.max_position_embeddings
     with tqdm(total=len(targets), desc="scoring", unit="token", leave=False, delay=1, disable=None) as progress:
         for piece, wanted in zip(inputs.split(context), targets.split(context)):
-            cache = SharedCache(config, len(piece), model.dtype, model.device)
+            history = cache or SharedCache(config, len(piece), model.dtype, model.device)
             for part, target in zip(piece.split(chunk), wanted.split(chunk)):
-                log_probs = model(part[None], cache, route).float().log_softmax(-1)
-                index = target.expand(len(log_probs), -1).unsqueeze(-1)
-                scores.append(log_probs.gather(-1, index).squeeze(-1).expand(rosters, -1))
+                log_probs = model(part[None], history, route).float().log_softmax(-1).expand(rosters, -1, -1)
+                scores.append(log_probs.gather(-1, target.expand(rosters, -1).unsqueeze(-1)).squeeze(-1))
+                if watch:
+                    watch(log_probs, target)
                 progress.update(len(part))
     counts = torch.arange(1, rosters + 1, device=model.device)
     return torch.cat(scores, 1).logcumsumexp(0) - counts.log()[:, None]

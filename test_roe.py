@@ -34,6 +34,7 @@ from model import Config
 torch.set_num_threads(1)  # models this small do not gain from more, and lose where the processor is shared
 
 ROOT = Path(__file__).parent
+INDEX = "model.safetensors.index.json"
 CLOSE = {"rtol": 0, "atol": 1e-4}
 SMALL = {
     "vocab_size": 304,
@@ -59,8 +60,12 @@ CONFIGS = {
     "4 experts top 2, 1 layer": {"num_experts": 4, "num_hidden_layers": 1},
     "rope and norm": {"rope_parameters": {"rope_theta": 50.0, "rope_type": "default"}, "rms_norm_eps": 1e-2},
 }
-
-FUSED = {"save_original_format": False}  # all experts of a layer in two tensors
+LAYOUTS = {
+    "single file": {},
+    "sharded": {"max_shard_size": "60KB"},
+    "fused": {"save_original_format": False},  # all experts of a layer in two tensors
+    "fused and sharded": {"save_original_format": False, "max_shard_size": "60KB"},
+}
 
 
 def save(path, dtype=torch.float32, changes=None, **how):
@@ -102,10 +107,10 @@ def embedded():
 # ---- The model and its files, against transformers ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", CONFIGS | LAYOUTS)
 @torch.inference_mode()
 def test_model_equals_transformers(tmp_path, name):
-    hf = save(tmp_path, changes=CONFIGS[name])
+    hf = save(tmp_path, changes=CONFIGS.get(name), **LAYOUTS.get(name, {}))
     model, _ = load(tmp_path, "cpu")
     tokens = random_tokens(40)
     torch.testing.assert_close(model(torch.tensor([tokens])), hf(torch.tensor([tokens])).logits, **CLOSE)
@@ -119,14 +124,10 @@ def test_model_equals_transformers(tmp_path, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    "how",
-    [{}, {"max_shard_size": "60KB"}, FUSED, FUSED | {"max_shard_size": "60KB"}],
-    ids=["single", "sharded", "fused", "fused and sharded"],
-)
-def test_every_layout_of_weights_loads_exactly(tmp_path, dtype, how):
-    hf = save(tmp_path, dtype, **how)
-    assert (tmp_path / "model.safetensors.index.json").exists() == ("max_shard_size" in how)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_load_exactly(tmp_path, layout, dtype):
+    hf = save(tmp_path, dtype, **LAYOUTS[layout])
+    assert (tmp_path / INDEX).exists() == ("sharded" in layout)
     model, tokenizer = load(tmp_path, "cpu")
     assert model.dtype == dtype and tokenizer.get_vocab_size() == 256
     expected = {name.removeprefix("model."): tensor for name, tensor in hf.state_dict().items()}
@@ -303,6 +304,20 @@ def test_scoring_equals_decoding(small, monkeypatch):
             torch.testing.assert_close(scores[count - 1, t], log_prob, **CLOSE)
 
 
+def test_scoring_after_a_shared_context(small):
+    """The context is read once; each continuation is scored after it as it would be in one text."""
+    model, context = small.model, random_tokens(20)
+    cache = SharedCache(model.config, 40)
+    model.hidden(torch.tensor([context[:-1]]), cache)
+    for seed in (1, 2):
+        continuation, seen = random_tokens(9, seed), []
+        watch = lambda log_probs, targets: seen.append(roe.aggregate(log_probs).gather(-1, targets[:, None])[:, 0])
+        scores = roe.score(model, [context[-1], *continuation], 3, 0.0, cache=cache, watch=watch)
+        cache.length = len(context) - 1
+        torch.testing.assert_close(scores, roe.score(model, context + continuation, 3, 0.0)[:, 19:], **CLOSE)
+        torch.testing.assert_close(torch.cat(seen), scores[-1], **CLOSE)
+
+
 def test_scoring_a_text_longer_than_the_context(small):
     tokens = random_tokens(300)  # the context is 128
     pieces = [roe.score(small.model, tokens[i : i + 129], 1) for i in (0, 128, 256)]
@@ -315,17 +330,15 @@ def test_scoring_a_text_longer_than_the_context(small):
 
 @pytest.mark.parametrize("kind", ["shared", "branching"])
 def test_without_noise_rosters_equal_one_roster_exactly(small, kind):
-    prompt = random_tokens(10)
-    seen = {}
-    for n in (1, 4):
-        tokens, seen[n] = [], []
-        for token in roe.generate(
-            small.model, prompt, n, 0.0, kind, 20, watch=lambda cache, logits, token, n=n: seen[n].append(logits)
-        ):
-            tokens.append(token)
-        assert len(tokens) == 20
-    for one, four in zip(seen[1], seen[4], strict=True):
-        assert torch.equal(one.expand(4, -1), four)
+    def all_logits(n):
+        seen = []
+        tokens = roe.generate(
+            small.model, random_tokens(10), n, 0.0, kind, 20, watch=lambda cache, logits, token: seen.append(logits)
+        )
+        assert len(list(tokens)) == 20
+        return torch.stack(seen)
+
+    assert torch.equal(all_logits(1).expand(-1, 4, -1), all_logits(4))
 
 
 def test_one_row_until_the_first_noisy_router(small, monkeypatch):
@@ -568,7 +581,6 @@ def rewrite(file, change):
 
 
 SHARD = "model-00002-of-00003.safetensors"
-INDEX = "model.safetensors.index.json"
 EXPERT = "model.layers.1.mlp.experts.5.up_proj.weight"
 
 

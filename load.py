@@ -64,13 +64,17 @@ def find(source: str | Path | None) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise FileNotFoundError(f"there is no directory {source}, and it is not a hub id (organisation/name)")
     from huggingface_hub import snapshot_download  # comes with tokenizers; imported here since it is slow to import
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     try:
         return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+    except GatedRepoError:
+        reason = "it is gated, accept its terms on its page and log in with `hf auth login`"
+    except RepositoryNotFoundError:
+        reason = "it has no such model, or a private one that needs `hf auth login`"
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).split("\n")[0]
-        raise FileNotFoundError(f"{source} is not a directory, and the hub does not deliver it: {reason}") from error
+    raise FileNotFoundError(f"{source} is not a directory, and the hub does not deliver it: {reason}")
 
 
 def read_config(file: Path) -> Config:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+import torch.distributed as dist
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
@@ -84,13 +85,20 @@ def stochastic_route(
     def route(layer, logits):
         if rosters == 1 or tau[layer] == 0:
             return top_k(config, logits)
+        # Every process draws the noise of all rosters and keeps its share: the result is that of one process.
+        rank, world = processes()
+        noise = gumbel((rosters - 1, *logits.shape[1:]), generator)[rank::world]
         # Up to the first noisy router all rosters are the same one row.
-        logits = logits.float().expand(rosters, -1, -1)
-        noise = gumbel((rosters - 1, *logits.shape[1:]), generator)
+        logits = logits.float().expand(1 + len(noise), -1, -1)
         noisy = torch.cat((logits[:1], logits[1:] + tau[layer] * noise))
         return top_k(config, noisy) if weights == "perturbed" else top_k(config, logits, selection=noisy)
 
     return route
+
+
+def processes() -> tuple[int, int]:
+    """Rank of this process and the number of processes that share the rosters: 0 and 1 unless torchrun started them."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
 # ---- Predicting a token (sections 2.3 and 3.1) ----------------------------------------------------------------------
@@ -115,18 +123,30 @@ def predict(
         generator: a torch.Generator on the model's device.
 
     Returns:
-        logits [rosters, vocab_size]; row 0 is the clean path's.
+        logits [rosters, vocab_size]; row 0 is the clean path's. If several processes share the rosters: those of the
+        clean path and of this process's share.
     """
     route = stochastic_route(model.config, rosters, temperatures(model.config, tau), generator, weights)
     tokens = torch.as_tensor(tokens, device=model.device)[None]
     if tokens.shape[1] > 1:
         model.hidden(tokens[:, :-1], cache)
-    return model(tokens[:, -1:], cache, route)[:, 0].expand(rosters, -1)
+    rank, world = processes()
+    return model(tokens[:, -1:], cache, route)[:, 0].expand(1 + len(range(rosters - 1)[rank::world]), -1)
 
 
 def aggregate(logits: Tensor) -> Tensor:
     """Log of the rosters' mean probability (section 3.1): logits [n, ..., V] -> log-probabilities [..., V], float32."""
     return logits.float().log_softmax(-1).logsumexp(0) - math.log(len(logits))
+
+
+def aggregate_processes(logits: Tensor, rosters: int) -> Tensor:
+    """As `aggregate`, over the rosters of all processes: one all-reduce of [V] probabilities."""
+    rank, world = processes()
+    if world == 1:
+        return aggregate(logits)
+    total = logits[min(rank, 1) :].float().softmax(-1).sum(0)  # the clean row, which all have, is rank 0's to count
+    dist.all_reduce(total)
+    return total.log() - math.log(rosters)
 
 
 def choose(log_probs: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
@@ -164,7 +184,8 @@ def generate(
         cache: "shared": the Clean Cache, one clean history for all rosters. "branching": a history for each roster.
         temperature, top_p: see `choose`; they apply to the average of the rosters.
         seed: of the noise and of the sampling; one seed gives one output, on one device and dtype.
-        watch: called as watch(cache, logits [rosters, vocab_size], token) for every token, before it is yielded.
+        watch: called as watch(cache, logits [rosters, vocab_size], log_probs [vocab_size], token) for every token,
+            before it is yielded; log_probs is the average.
 
     Yields:
         token ids, each as soon as it is known.
@@ -185,6 +206,8 @@ def generate(
         raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
     if cache not in ("shared", "branching"):
         raise ValueError(f"cache must be shared or branching, not {cache}")
+    if cache == "branching" and processes()[1] > 1:
+        raise ValueError("the branching cache works in one process only; use the shared cache")
 
     max_len = min(config.max_position_embeddings, len(tokens) + max_new_tokens - 1)  # the last token is not read again
     steps = max_len - len(tokens) + 1
@@ -197,11 +220,12 @@ def generate(
     eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     for _ in range(steps):
         logits = predict(model, tokens, cache, rosters, tau, generator, weights)
-        token = choose(aggregate(logits), temperature, top_p, generator)
+        log_probs = aggregate_processes(logits, rosters)
+        token = choose(log_probs, temperature, top_p, generator)
         if token in eos:
             return
         if watch:
-            watch(cache, logits, token)
+            watch(cache, logits, log_probs, token)
         yield token
         tokens = [token]
 
@@ -237,6 +261,8 @@ def score(
         ValueError: fewer than two tokens, or an argument out of its range.
     """
     config = model.config
+    if processes()[1] > 1:
+        raise ValueError("scoring works in one process only; start it without torchrun")
     if len(tokens) < 2:
         raise ValueError(f"the text is too short to score: it has {len(tokens)} tokens, at least 2 are needed")
     generator = torch.Generator(model.device).manual_seed(seed)
@@ -364,10 +390,10 @@ def print_generation(args, model, tokenizer, tokens, tau) -> None:
     """Streams the text to standard output, then one line of statistics to standard error."""
     times, overruled, nbytes = [], 0, 0
 
-    def watch(cache, logits, token):
+    def watch(cache, logits, log_probs, token):
         nonlocal overruled, nbytes
         times.append(time.perf_counter())
-        overruled += (aggregate(logits).argmax() != logits[0].argmax()).item()
+        overruled += (log_probs.argmax() != logits[0].argmax()).item()
         nbytes = cache.nbytes
 
     (rosters,) = args.rosters
@@ -399,6 +425,13 @@ def print_perplexity(args, model, tokens, tau) -> None:
 
 def main() -> None:
     args = parse_arguments()
+    if dist.is_available() and dist.is_torchelastic_launched():  # by torchrun: the processes share the rosters
+        dist.init_process_group()  # gloo on CPUs, nccl on GPUs
+        if args.device in ("auto", "cuda") and torch.cuda.is_available():
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        if dist.get_rank() > 0:
+            sys.stdout = sys.stderr = open(os.devnull, "w")
     try:
         text = read_text(args)
         model, tokenizer = load(args.model, args.device, args.dtype)
@@ -414,6 +447,9 @@ def main() -> None:
         fail(error)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        if processes()[1] > 1:
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ here are of order 1 to 10, so 1e-4 is far above the rounding and far below the e
 """
 
 import copy
+import http.server
+import importlib.util
 import io
 import itertools
 import json
@@ -16,6 +18,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +27,7 @@ import pytest
 import tokenizers
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache, OlmoeConfig, OlmoeForCausalLM
+from transformers import DynamicCache, OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 import roe
 from cache import BranchingCache, SharedCache
@@ -333,7 +336,7 @@ def test_without_noise_rosters_equal_one_roster_exactly(small, kind):
     def all_logits(n):
         seen = []
         tokens = roe.generate(
-            small.model, random_tokens(10), n, 0.0, kind, 20, watch=lambda cache, logits, token: seen.append(logits)
+            small.model, random_tokens(10), n, 0.0, kind, 20, watch=lambda cache, logits, *_: seen.append(logits)
         )
         assert len(list(tokens)) == 20
         return torch.stack(seen)
@@ -442,6 +445,141 @@ def test_streaming_keeps_characters_whole(embedded):
     assert "".join(roe.stream(tokenizer, cut)) == tokenizer.decode(cut)  # what stays incomplete is not lost
 
 
+def test_readme_adds_roe_to_transformers(small):
+    """README's "Take it with you" code, with the same seed: the rows of `predict`."""
+    code = (ROOT / "README.md").read_text().split("## Take it with you")[1].split("```python\n")[1].split("```")[0]
+    names: dict = {}
+    exec(code, names)
+    hf, n, tau, tokens = copy.deepcopy(small.hf), 5, 0.7, random_tokens(20)
+    names["add_roe"](hf, n, tau, torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        logits = hf(torch.tensor([tokens]).expand(n, -1)).logits[:, -1]
+        log_probs = names["average"](logits)
+    cache, generator = SharedCache(small.model.config, 20), torch.Generator().manual_seed(0)
+    expected = roe.predict(small.model, tokens, cache, n, tau, generator)
+    torch.testing.assert_close(logits, expected, **CLOSE)
+    torch.testing.assert_close(log_probs, roe.aggregate(expected), **CLOSE)
+
+
+# ---- OLMo's own tokenizer -------------------------------------------------------------------------------------------
+
+# The chat template of the OLMoE Instruct models.
+TEMPLATE = """{{ bos_token }}{% for message in messages %}
+{% if message['role'] == 'user' %}
+{{ '<|user|>\n' + message['content'] }}
+{% elif message['role'] == 'assistant' %}
+{{ '<|assistant|>\n'  + message['content'] + eos_token }}
+{% endif %}
+{% if loop.last and add_generation_prompt %}
+{{ '<|assistant|>' }}
+{% endif %}
+{% endfor %}"""
+
+
+@pytest.fixture(scope="module")
+def olmo_tokenizer():
+    package = importlib.util.find_spec("olmo_eval")
+    if package is None:
+        pytest.skip("needs OLMo's tokenizer: pip install --no-deps ai2-olmo-eval (112 MB)")
+    (folder,) = package.submodule_search_locations
+    return tokenizers.Tokenizer.from_file(f"{folder}/tokenizers/allenai_gpt-neox-olmo-dolma-v1_5.json")
+
+
+def test_olmo_tokenizer_streams_any_text(olmo_tokenizer):
+    assert olmo_tokenizer.get_vocab_size() == 50280 and olmo_tokenizer.token_to_id("<|endoftext|>") == 50279
+    for text in (
+        "def f(x):\n\treturn x  # tabs,   spaces\n\n\n        and indentation",
+        "naïve café, Ελληνικά, Русский, 日本語, العربية, हिन्दी",
+        "🎉 👩‍👩‍👧 🇫🇷 👍🏽 𝒳",
+    ):
+        ids = olmo_tokenizer.encode(text).ids
+        pieces = list(roe.stream(olmo_tokenizer, ids))
+        assert "".join(pieces) == olmo_tokenizer.decode(ids) == text
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_chat_prompt_is_that_of_the_instruct_models(olmo_tokenizer, monkeypatch):
+    message = "Why is the sky blue?\nShort, please. 🌤"
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_object=olmo_tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>", chat_template=TEMPLATE
+    )
+    conversation = [{"role": "user", "content": message}]
+    expected = theirs.apply_chat_template(conversation, add_generation_prompt=True)["input_ids"]
+    monkeypatch.setattr(sys, "argv", ["roe.py", "--chat", "--prompt", message])
+    ids = olmo_tokenizer.encode(roe.read_text(roe.parse_arguments())).ids
+    assert ids == expected and ids[0] == 50279  # the special token is one token
+    assert olmo_tokenizer.decode(ids) == f"<|user|>\n{message}\n<|assistant|>\n"  # and not part of the text
+
+
+# ---- The hub, served on this machine --------------------------------------------------------------------------------
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Answers for one model, test/model, as the hub does: what files there are, and the files."""
+
+    commit = "0" * 40
+    files: dict[str, bytes] = {}
+    requested: list[str] = []
+
+    def do_GET(self):
+        file = self.path.removeprefix(f"/test/model/resolve/{self.commit}/")
+        if self.path == "/api/models/test/model/revision/main":
+            self.answer(200, json.dumps({"id": "test/model", "sha": self.commit, "siblings": []}).encode())
+        elif self.path.startswith(f"/api/models/test/model/tree/{self.commit}"):
+            entries = [{"type": "file", "path": n, "size": len(b), "oid": self.commit} for n, b in self.files.items()]
+            self.answer(200, json.dumps(entries).encode())
+        elif file in self.files:
+            self.requested.append(file)
+            self.answer(200, self.files[file], {"ETag": f'"{file}"', "X-Repo-Commit": self.commit})
+        elif "/test/gated" in self.path:
+            self.answer(403, b"", {"X-Error-Code": "GatedRepo"})
+        else:
+            self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+
+    do_HEAD = do_GET
+
+    def answer(self, status, body, headers=None):
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_hub_ids(small, tmp_path):
+    Hub.files = {file.name: file.read_bytes() for file in small.path.iterdir()}
+    Hub.files |= {"pytorch_model.bin": b"a pickle", "README.md": b"not needed"}
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+
+    def run(model, **changes):
+        command = [sys.executable, ROOT / "roe.py", "--model", model, "--prompt", "x", "--max-new-tokens", "3"]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment | changes)
+        return result.returncode, result.stdout, result.stderr
+
+    status, text, err = run("test/model")
+    assert status == 0 and err.splitlines()[-1].startswith("3 tokens")
+    assert sorted(set(Hub.requested)) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+    refused(run("test/unknown"), "test/unknown is not a directory, and the hub does not deliver it: it has no such")
+    refused(run("test/gated"), "it is gated, accept its terms")
+    server.shutdown()
+    server.server_close()
+    assert run("test/model", HF_HUB_OFFLINE="1")[:2] == (0, text)  # from the cache
+    assert run("test/model")[:2] == (0, text)  # no network, but a cache
+    refused(run("test/other"), "test/other is not a directory, and the hub does not deliver it")
+    refused(run("test/other", HF_HUB_OFFLINE="1"), "test/other is not a directory, and the hub does not deliver it")
+
+
 # ---- The command line -----------------------------------------------------------------------------------------------
 
 
@@ -498,6 +636,38 @@ def test_perplexity_table(cli, embedded, tmp_path):
     assert status == 0 and [int(row[0]) for row in rows] == [1, 2, 8]
     for row in rows:
         assert float(row[1]) == pytest.approx(math.exp(-scores[int(row[0]) - 1].mean()), abs=1e-3)
+
+
+def test_processes_share_the_rosters(small, monkeypatch):
+    """What two processes compute, one after the other in this one: together the rows of a single process."""
+    n, world, prompt = 6, 2, random_tokens(9)
+
+    def predict():
+        cache, generator = SharedCache(small.model.config, 9), torch.Generator().manual_seed(0)
+        return roe.predict(small.model, prompt, cache, n, TAU, generator)
+
+    alone, totals = predict(), []
+    monkeypatch.setattr(roe.dist, "all_reduce", lambda total: totals.append(total.clone()))
+    for rank in range(world):
+        monkeypatch.setattr(roe, "processes", lambda: (rank, world))
+        logits = predict()
+        torch.testing.assert_close(logits, torch.cat((alone[:1], alone[1:][rank::world])), **CLOSE)
+        roe.aggregate_processes(logits, n)
+    torch.testing.assert_close((sum(totals) / n).log(), roe.aggregate(alone), **CLOSE)
+
+
+def test_torchrun(cli):
+    """Two processes that talk through gloo write the text of one process; errors are said once."""
+    options = ["--prompt", "class ", "--rosters", "5", "--tau", "0.5", "--max-new-tokens", "40", "--dtype", "float32"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "roe.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    both = subprocess.run([*torchrun, *options], capture_output=True, text=True, env=environment)
+    assert (both.returncode, both.stdout) == (0, cli(*options)[1])
+    assert both.stderr.count("rosters: 5, ") == 1
+    refused = subprocess.run(
+        [*torchrun, *options, "--cache", "branching"], capture_output=True, text=True, env=environment
+    )
+    assert refused.returncode != 0 and refused.stderr.count("the branching cache works in one process only") == 1
 
 
 def test_as_a_program():

@@ -90,10 +90,9 @@ def attend(
     if visible is not None:
         shared = shared.masked_fill(~visible, -torch.inf)
     own = torch.einsum("nhgtd,nhtcd->nhgtc", q, own_k)
-    shared, own = (
-        torch.cat((shared, own), -1).softmax(-1, dtype=torch.float32).to(q.dtype).split((S, own.shape[-1]), -1)
-    )
-    out = torch.einsum("nhgts,hsd->nhgtd", shared, shared_v[0]) + torch.einsum("nhgtc,nhtcd->nhgtd", own, own_v)
+    probs = torch.cat((shared, own), -1).softmax(-1, dtype=torch.float32).to(q.dtype)
+    out = torch.einsum("nhgts,hsd->nhgtd", probs[..., :S], shared_v[0])
+    out += torch.einsum("nhgtc,nhtcd->nhgtd", probs[..., S:], own_v)
     return out.reshape(n, H, T, D)
 
 
@@ -192,9 +191,9 @@ class OLMoE(nn.Module):
 
     def hidden(self, tokens: Tensor, cache=None, route: Callable | None = None) -> Tensor:
         """As `forward`, but returns the hidden states [rows, T, d] before the final norm and makes no prediction."""
-        config, T = self.config, tokens.shape[1]
+        config, D, T = self.config, self.config.head_dim, tokens.shape[1]
         start = cache.length if cache else 0
-        frequencies = config.rope_theta ** (torch.arange(0, config.head_dim, 2, device=self.device) / -config.head_dim)
+        frequencies = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, device=self.device) / D)
         angles = torch.arange(start, start + T, device=self.device)[:, None] * frequencies
         cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
         x = self.embed_tokens(tokens)

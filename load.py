@@ -114,6 +114,7 @@ def read_tokenizer(file: Path, config: Config) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing more specific
         raise ValueError(f"{file} is not a tokenizer: {error}") from error
+    tokenizer.no_truncation()  # a setting that training can leave in the file
     if tokenizer.get_vocab_size() > config.vocab_size:
         raise ValueError(f"{file} has {tokenizer.get_vocab_size()} tokens, more than the model's {config.vocab_size}")
     return tokenizer

@@ -13,9 +13,12 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
+
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # which torch does not need here
 
 import torch
 import torch.distributed as dist

@@ -313,13 +313,14 @@ def parse_arguments() -> argparse.Namespace:
     group = parser.add_argument_group("what to do").add_mutually_exclusive_group(required=True)
     group.add_argument("--prompt", metavar="TEXT", help="continue this text; - reads it from standard input")
     group.add_argument("--ppl", metavar="FILE", help="print the perplexity of a text file for every count in --rosters")
+    group.add_argument(
+        "--tune", metavar="FILE", help="search the temperatures that lower a text file's perplexity most"
+    )
 
     add = parser.add_argument_group("the rosters").add_argument
     add("--rosters", metavar="N", type=int, nargs="+", default=[4], help="rosters per token; 1 is plain decoding [4]")
     add("--tau", default=str(TAU), help=f"noise temperature, or a JSON file with a list of one per layer [{TAU}]")
-    add(
-        "--skip", metavar="L", type=int, default=1, help="first and last layers without noise, if --tau is a number [1]"
-    )
+    add("--skip", metavar="L", type=int, default=1, help="layers without noise at each end, unless --tau is a file [1]")
     weights = "what mixes the chosen experts: softmax(R), as in equation 1, or softmax(R + tau G) [clean]"
     add("--weights", choices=["clean", "perturbed"], default="clean", help=weights)
     cache = "one clean history for all rosters, or one history for each [shared]"
@@ -328,15 +329,21 @@ def parse_arguments() -> argparse.Namespace:
 
     add = parser.add_argument_group("the text").add_argument
     add("--max-new-tokens", metavar="N", type=int, default=128, help="stop after this many tokens [128]")
-    add(
-        "--temperature",
-        metavar="T",
-        type=float,
-        default=0.0,
-        help="sample at this temperature [0, the likeliest token]",
-    )
+    add("--temperature", metavar="T", type=float, default=0.0, help="sample at this temperature; 0 is greedy [0]")
     add("--top-p", metavar="P", type=float, default=1.0, help="sample from the likeliest tokens of this total mass [1]")
     add("--chat", action="store_true", help="wrap the prompt as the OLMoE Instruct models expect it")
+    show = "on a terminal, shade a token the more, the fewer rosters chose it; underline where the average overruled"
+    add("--show", action="store_true", help=f"{show} the clean roster")
+
+    add = parser.add_argument_group("the search of --tune").add_argument
+    add("--trials", metavar="N", type=int, default=50, help="stop after this many, those of earlier runs included [50]")
+    add(
+        "--output",
+        metavar="FILE",
+        default="tau.json",
+        help="the best temperatures, for --tau; FILE.log resumes [tau.json]",
+    )
+    add("--tau-max", metavar="TAU", type=float, default=0.5, help="search from 0 to here [0.5]")
 
     add = parser.add_argument_group("the model").add_argument
     model = "directory, or hub id such as allenai/OLMoE-1B-7B-0125-Instruct [the small model that comes with RoE]"
@@ -349,10 +356,10 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if min(args.rosters) < 1:
         fail(f"--rosters must be at least 1, not {min(args.rosters)}")
-    if args.prompt is not None and len(args.rosters) > 1:
-        fail("--rosters takes one count with --prompt; several are for --ppl")
-    if args.ppl is not None and args.cache != "shared":
-        fail("--ppl scores with the shared cache only; leave out --cache branching")
+    if args.ppl is None and len(args.rosters) > 1:
+        fail("--rosters takes one count; several are for --ppl")
+    if args.prompt is None and args.cache != "shared":
+        fail("texts are scored with the shared cache only; leave out --cache branching")
     return args
 
 
@@ -364,8 +371,11 @@ def fail(message: object) -> NoReturn:
 
 def read_text(args: argparse.Namespace) -> str:
     """The prompt, or the text to be scored."""
-    if args.ppl is not None:
-        name, data = args.ppl, Path(args.ppl).read_bytes()
+    if args.prompt is None:
+        name = args.ppl or args.tune
+        data = Path(name).read_bytes()
+    elif args.prompt == "-" and processes()[1] > 1:
+        raise ValueError("several processes cannot share standard input; give the prompt itself")
     else:
         name, data = "the prompt", sys.stdin.buffer.read() if args.prompt == "-" else os.fsencode(args.prompt)
     try:
@@ -374,7 +384,7 @@ def read_text(args: argparse.Namespace) -> str:
         raise ValueError(f"{name} is not UTF-8 text (byte {error.start}); convert it first") from error
     if not text:
         raise ValueError(f"{name} is empty; give some text")
-    if args.chat and args.ppl is None:
+    if args.chat and args.prompt is not None:
         return f"<|endoftext|><|user|>\n{text}\n<|assistant|>\n"
     return text
 
@@ -389,14 +399,25 @@ def read_tau(argument: str, config: Config, skip: int) -> list[float]:
     return temperatures(config, tau, skip)
 
 
+def shade(text: str, agreement: float, overruled: bool) -> str:
+    """Text on a background from none, where all rosters agree, over yellow to red; underlined where overruled."""
+    if agreement == 1:
+        return text
+    background = (203, 209, 215, 222, 229)[int(agreement * 5)]  # of the 256 colours that terminals have
+    style = f"\033[{'4;' if overruled else ''}38;5;16;48;5;{background}m"
+    return style + text.replace("\n", f"\033[0m\n{style}") + "\033[0m"
+
+
 def print_generation(args, model, tokenizer, tokens, tau) -> None:
     """Streams the text to standard output, then one line of statistics to standard error."""
-    times, overruled, nbytes = [], 0, 0
+    times, agreement, overruled, shown, nbytes = [], [], [], 0, 0
+    colours = args.show and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
     def watch(cache, logits, log_probs, token):
-        nonlocal overruled, nbytes
+        nonlocal nbytes
         times.append(time.perf_counter())
-        overruled += (log_probs.argmax() != logits[0].argmax()).item()
+        agreement.append((logits.argmax(-1) == token).float().mean().item())
+        overruled.append((log_probs.argmax() != logits[0].argmax()).item())
         nbytes = cache.nbytes
 
     (rosters,) = args.rosters
@@ -406,6 +427,9 @@ def print_generation(args, model, tokenizer, tokens, tau) -> None:
     )
     try:
         for text in stream(tokenizer, generated):
+            if colours and text:
+                text = shade(text, min(agreement[shown:]), any(overruled[shown:]))
+                shown = len(agreement)
             print(text, end="", flush=True)
     except KeyboardInterrupt:
         pass  # what has been generated stands
@@ -413,7 +437,7 @@ def print_generation(args, model, tokenizer, tokens, tau) -> None:
     print(flush=True)
     print(
         f"{len(times)} tokens, {speed:.1f} tokens/s, rosters: {rosters}, cache: {nbytes:,} bytes; "
-        f"the average overruled the clean roster on {overruled} of the tokens",
+        f"the average overruled the clean roster on {sum(overruled)} of the tokens",
         file=sys.stderr,
     )
 
@@ -424,6 +448,40 @@ def print_perplexity(args, model, tokens, tau) -> None:
     print("rosters  perplexity  change")
     for n in args.rosters:
         print(f"{n:7}  {perplexity[n - 1]:10.4f}  {perplexity[n - 1] / perplexity[0] - 1:+.2%}")
+
+
+def tune(args, model, tokens) -> None:
+    """Searches per-layer temperatures by Optuna's TPE on perplexity (section 2.2); keeps the best so far on disk."""
+    try:
+        import optuna
+        from optuna.storages.journal import JournalFileBackend
+    except ImportError as error:
+        raise ValueError('--tune needs Optuna; install it with: pip install -e ".[tune]"') from error
+    (rosters,), layers = args.rosters, model.config.num_hidden_layers
+    noisy = range(args.skip, layers - args.skip)
+
+    def perplexity(trial):
+        tau = [trial.suggest_float(f"tau_{i}", 0, args.tau_max) if i in noisy else 0.0 for i in range(layers)]
+        trial.set_user_attr("tau", tau)
+        return score(model, tokens, rosters, tau, args.seed, args.weights)[-1].mean().neg().exp().item()
+
+    def report(study, trial):
+        temporary = Path(f"{args.output}.tmp")
+        temporary.write_text(json.dumps(study.best_trial.user_attrs["tau"]) + "\n")
+        temporary.replace(args.output)
+        best = f"best {study.best_value:.4f} (trial {study.best_trial.number + 1})"
+        print(f"trial {trial.number + 1} of {args.trials}: perplexity {trial.value:.4f}, {best}", file=sys.stderr)
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    settings = f"{args.tune} {args.model} {rosters} {args.tau_max} {args.skip} {args.weights} {args.seed}"
+    storage = optuna.storages.JournalStorage(JournalFileBackend(f"{args.output}.log"))
+    study = optuna.create_study(storage=storage, study_name=settings, load_if_exists=True)
+    done = sum(trial.state.is_finished() for trial in study.trials)
+    study.sampler = optuna.samplers.TPESampler(seed=args.seed + done)  # a resumed search must not repeat its trials
+    if done == 0:
+        study.enqueue_trial({f"tau_{i}": min(TAU, args.tau_max) for i in noisy})  # start from the default
+    study.optimize(perplexity, max(0, args.trials - done), callbacks=[report])
+    print(f"{args.output}: perplexity {study.best_value:.4f} with", study.best_trial.user_attrs["tau"])
 
 
 def main() -> None:
@@ -440,10 +498,12 @@ def main() -> None:
         model, tokenizer = load(args.model, args.device, args.dtype)
         tokens = tokenizer.encode(text).ids
         tau = read_tau(args.tau, model.config, args.skip)
-        if args.ppl is None:
+        if args.prompt is not None:
             print_generation(args, model, tokenizer, tokens, tau)
-        else:
+        elif args.ppl is not None:
             print_perplexity(args, model, tokens, tau)
+        else:
+            tune(args, model, tokens)
     except BrokenPipeError:  # the reader has seen enough, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:

@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -622,6 +623,40 @@ def test_prompt_from_standard_input_and_chat(cli, embedded):
     for options, prompt in ([], "x = é"), (["--chat"], "<|endoftext|><|user|>\nx = é\n<|assistant|>\n"):
         status, out, _ = cli("--prompt", "-", "--dtype", "float32", "--device", "cpu", *options, stdin="x = é".encode())
         assert (status, out) == (0, tokenizer.decode(list(roe.generate(model, tokenizer.encode(prompt).ids))) + "\n")
+
+
+def test_show_shades_on_a_terminal_only(cli, monkeypatch):
+    assert roe.shade("ab", 1.0, False) == "ab"
+    assert roe.shade("a\n b", 0.5, True) == "\033[4;38;5;16;48;5;215ma\033[0m\n\033[4;38;5;16;48;5;215m b\033[0m"
+    options = ["--prompt", "def f(x):\n", "--tau", "1", "--rosters", "8", "--max-new-tokens", "40", "--device", "cpu"]
+    plain = cli(*options)[1]
+    assert cli(*options, "--show")[1] == plain  # not a terminal
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    shaded = cli(*options, "--show")[1]
+    assert shaded != plain and re.sub("\033\\[[0-9;]*m", "", shaded) == plain
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert cli(*options, "--show")[1] == plain
+
+
+def test_tune(cli, tmp_path, monkeypatch):
+    pytest.importorskip("optuna")
+    (tmp_path / "text.py").write_text("import os\n\n\ndef join(*paths):\n    return os.path.join(*paths)\n")
+    output = tmp_path / "tau.json"
+    options = ["--tune", tmp_path / "text.py", "--rosters", 4, "--output", output, "--tau-max", 0.3, "--device", "cpu"]
+    status, out, err = cli(*options, "--trials", 4)
+    assert status == 0 and err.count("\n") == 4 and err.startswith("trial 1 of 4: perplexity ")
+    perplexities = [float(line.split()[5].rstrip(",")) for line in err.splitlines()]
+    assert len(set(perplexities)) == 4 and f"perplexity {min(perplexities):.4f}" in out
+    tau = json.loads(output.read_text())
+    assert len(tau) == 6 and tau[0] == tau[5] == 0 and all(0 <= value <= 0.3 for value in tau)
+    table = cli("--ppl", tmp_path / "text.py", "--rosters", 4, "--tau", output, "--device", "cpu")[1]
+    assert float(table.split()[4]) == pytest.approx(min(perplexities), abs=1e-3)
+    assert float(cli("--ppl", tmp_path / "text.py", "--device", "cpu")[1].split()[4]) == pytest.approx(perplexities[0])
+    err = cli(*options, "--trials", 6)[2]  # resumes
+    assert err.startswith("trial 5 of 6: perplexity ") and err.count("\n") == 2
+    assert float(err.split()[5].rstrip(",")) not in perplexities
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    refused(cli(*options), '--tune needs Optuna; install it with: pip install -e ".[tune]"')
 
 
 def test_perplexity_table(cli, embedded, tmp_path):

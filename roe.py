@@ -85,7 +85,7 @@ def stochastic_route(
     if weights not in ("clean", "perturbed"):
         raise ValueError(f"weights must be clean or perturbed, not {weights}")
 
-    def route(layer, logits):
+    def route(layer: int, logits: Tensor) -> tuple[Tensor, Tensor]:
         if rosters == 1 or tau[layer] == 0:
             return top_k(config, logits)
         # Every process draws the noise of all rosters and keeps its share: the result is that of one process.
@@ -304,6 +304,7 @@ def stream(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command line, checked as far as it can be without a model."""
     parser = argparse.ArgumentParser(
         description="Generate or score text with Roster of Experts (arXiv 2509.17238): for every token, N stochastic "
         "rosters of a mixture-of-experts model's experts run as one batch, and their predictions are averaged.",
@@ -395,7 +396,7 @@ def read_tau(argument: str, config: Config, skip: int) -> list[float]:
     try:
         tau = [float(value) for value in json.loads(path.read_bytes())] if path.is_file() else float(argument)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"--tau takes a number or a JSON file with a list of them; {argument} is neither") from error
+        raise ValueError(f"tau takes a number or a JSON file with a list of them; {argument} is neither") from error
     return temperatures(config, tau, skip)
 
 
@@ -408,7 +409,9 @@ def shade(text: str, agreement: float, overruled: bool) -> str:
     return style + text.replace("\n", f"\033[0m\n{style}") + "\033[0m"
 
 
-def print_generation(args, model, tokenizer, tokens, tau) -> None:
+def print_generation(
+    args: argparse.Namespace, model: OLMoE, tokenizer: Tokenizer, tokens: list[int], tau: list[float]
+) -> None:
     """Streams the text to standard output, then one line of statistics to standard error."""
     times, agreement, overruled, shown, nbytes = [], [], [], 0, 0
     colours = args.show and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
@@ -442,7 +445,7 @@ def print_generation(args, model, tokenizer, tokens, tau) -> None:
     )
 
 
-def print_perplexity(args, model, tokens, tau) -> None:
+def print_perplexity(args: argparse.Namespace, model: OLMoE, tokens: list[int], tau: list[float]) -> None:
     """Prints a table of perplexity against the number of rosters."""
     perplexity = score(model, tokens, max(args.rosters), tau, args.seed, args.weights).mean(1).neg().exp().tolist()
     print("rosters  perplexity  change")
@@ -450,7 +453,7 @@ def print_perplexity(args, model, tokens, tau) -> None:
         print(f"{n:7}  {perplexity[n - 1]:10.4f}  {perplexity[n - 1] / perplexity[0] - 1:+.2%}")
 
 
-def tune(args, model, tokens) -> None:
+def tune(args: argparse.Namespace, model: OLMoE, tokens: list[int]) -> None:
     """Searches per-layer temperatures by Optuna's TPE on perplexity (section 2.2); keeps the best so far on disk."""
     try:
         import optuna

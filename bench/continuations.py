@@ -1,0 +1,59 @@
+"""Log-probabilities of continuations of a context, such as the choices of a question, under n rosters."""
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import roe
+from cache import SharedCache
+from model import OLMoE
+
+
+@torch.inference_mode()
+def score_continuations(
+    model: OLMoE,
+    pairs: Iterable[tuple[Sequence[int], Sequence[int]]],
+    rosters: int,
+    tau: float | Sequence[float] = roe.TAU,
+    seed: int = 0,
+    weights: str = "clean",
+) -> Iterator[tuple[Tensor, bool]]:
+    """Scores continuations one after the other; a context equal to the previous pair's is not read again.
+
+    Of what does not fit into the model's context, the beginning is dropped, as lm-evaluation-harness does. Every pair
+    starts from the same seed, so that its score depends on nothing that was scored before.
+
+    Args:
+        pairs: of token ids, context and continuation, neither of them empty.
+        rosters, tau, seed, weights: see `roe.score`.
+
+    Yields:
+        for every pair, log-probabilities [rosters, continuation], as `roe.score` returns them, and whether greedy
+        decoding with n rosters would have written the continuation.
+
+    Raises:
+        ValueError: a continuation that is empty or alone longer than the model's context.
+    """
+    limit = model.config.max_position_embeddings
+    cache, read = SharedCache(model.config, limit, model.dtype, model.device), None
+    for context, continuation in pairs:
+        if not 0 < len(continuation) <= limit:
+            raise ValueError(f"a continuation must have 1 to {limit} tokens, not {len(continuation)}")
+        # The last token is not read, but predicted from; hence one more than the limit.
+        context = list(context)[-(limit + 1 - len(continuation)) :]
+        if context != read:
+            cache.length, read = 0, context
+            if len(context) > 1:  # the last token belongs to the continuation's pass: it is the first to be stochastic
+                model.hidden(torch.tensor([context[:-1]], device=model.device), cache)
+        cache.length = len(context) - 1
+        greedy = []
+
+        def watch(log_probs, targets):
+            greedy.append((log_probs.logsumexp(0).argmax(-1) == targets).all())
+
+        tokens = [context[-1], *continuation]
+        yield roe.score(model, tokens, rosters, tau, seed, weights, cache, watch), all(greedy)

@@ -1,0 +1,134 @@
+"""Roster of Experts as a model of EleutherAI's lm-evaluation-harness.
+
+    python bench/lm_eval_roe.py --model roe --model_args pretrained=DIRECTORY_OR_HUB_ID,rosters=32 --tasks arc_easy
+
+This is lm-eval's own command line, to which the model `roe` has been added.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from continuations import score_continuations
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import roe
+from load import load
+
+
+@register_model("roe")
+class RoE(TemplateLM):
+    """An OLMoE with n rosters. How texts become tokens is lm-eval's own and that of its `hf` model.
+
+    Args:
+        pretrained: a directory or a hub id; None: the embedded model.
+        rosters, tau, skip, weights, cache, dtype, seed: as in `roe.py`; tau is a number or a JSON file. cache=branching
+            is for tasks that generate text; log-likelihoods are those of the shared cache.
+        device: as in `roe.py`; or lm-eval's --device.
+        batch_size, max_batch_size: lm-eval passes them to every model. Not used: rows are rosters of one sequence.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        rosters: int = 4,
+        tau: float | str = roe.TAU,
+        skip: int = 1,
+        weights: str = "clean",
+        cache: str = "shared",
+        dtype: str = "auto",
+        device: str = "auto",
+        seed: int = 0,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+    ):
+        super().__init__()
+        self.model, self.tokenizer = load(pretrained, device, dtype)
+        self._device = self.model.device
+        self.max_length = self.model.config.max_position_embeddings
+        self.seed, self.cache = seed, cache
+        tau = roe.read_tau(str(tau), self.model.config, skip)
+        self.rosters = {"rosters": rosters, "tau": tau, "weights": weights}
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> "RoE":
+        """What --model_args say, before lm-eval's other options."""
+        options = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        if options.get("device") == "cuda:0":  # what lm-eval passes without --device, whether there is a GPU or not
+            del options["device"]
+        return cls(**options | arg_dict)
+
+    @property
+    def eot_token_id(self) -> int:
+        eos = self.model.config.eos_token_id
+        return eos[0] if isinstance(eos, list) else eos
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens is not False).ids
+
+    def score(self, pairs: Iterable[tuple[list[int], list[int]]]) -> Iterator[tuple[float, bool]]:
+        """Log-likelihoods of continuations of contexts, and whether they are greedy."""
+        if self.cache != "shared":
+            raise ValueError("log-likelihoods are those of the shared cache only; leave out cache=branching")
+        for log_probs, greedy in score_continuations(self.model, pairs, seed=self.seed, **self.rosters):
+            yield log_probs[-1].sum().item(), greedy
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
+        answers = []
+        # lm-eval sends the choices of a question one after the other, so that its context is read once.
+        scores = self.score(pair for _, *pair in requests)
+        for (texts, _, _), answer in zip(tqdm(requests, disable=disable_tqdm), scores):
+            answers.append(answer)
+            self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return answers
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        totals = []
+        for (text,) in tqdm([request.args for request in requests], disable=disable_tqdm):
+            windows = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
+            totals.append(sum(log_prob for log_prob, _ in self.score(map(make_disjoint_window, windows))))
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), totals[-1])
+        return totals
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        texts, repeats = [], Counter()
+        for prompt, asked in tqdm([request.args for request in requests], disable=disable_tqdm):
+            options = normalize_gen_kwargs(asked)
+            room = self.max_length - options["max_gen_toks"]
+            if room < 1:
+                raise ValueError(
+                    f"the task wants to generate {options['max_gen_toks']} tokens, but the model's context has only "
+                    f"{self.max_length}; set --gen_kwargs max_gen_toks to less"
+                )
+            generated = roe.generate(
+                self.model,
+                self.tok_encode(prompt)[-room:] or [self.prefix_token_id],
+                cache=self.cache,
+                max_new_tokens=options["max_gen_toks"],
+                temperature=options.get("temperature", 0.0),
+                top_p=options.get("top_p", 1.0),
+                seed=self.seed + repeats[prompt],  # a task may repeat a request to get several samples
+                **self.rosters,
+            )
+            repeats[prompt] += 1
+            text, stops = "", [stop for stop in options["until"] if stop]
+            for piece in roe.stream(self.tokenizer, generated):
+                text += piece
+                if any(stop in text for stop in stops):
+                    break
+            for stop in stops:
+                text = text.split(stop)[0]
+            texts.append(text)
+            self.cache_hook.add_partial("generate_until", (prompt, asked), text)
+        return texts
+
+
+if __name__ == "__main__":
+    cli_evaluate()

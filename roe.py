@@ -273,19 +273,22 @@ def score(
     tokens = torch.as_tensor(tokens, device=model.device)
     inputs, targets = tokens[:-1], tokens[1:]
     chunk = max(1, 512 // rosters)  # bounds the rows times positions, and with them the memory
-    scores = []
     context = config.max_position_embeddings
+    # Filled in place: small results kept one by one between large temporary tensors would fragment the memory.
+    scores, done = torch.empty(rosters, len(targets), device=model.device), 0
     with tqdm(total=len(targets), desc="scoring", unit="token", leave=False, delay=1, disable=None) as progress:
         for piece, wanted in zip(inputs.split(context), targets.split(context)):
             history = cache or SharedCache(config, len(piece), model.dtype, model.device)
             for part, target in zip(piece.split(chunk), wanted.split(chunk)):
                 log_probs = model(part[None], history, route).float().log_softmax(-1).expand(rosters, -1, -1)
-                scores.append(log_probs.gather(-1, target.expand(rosters, -1).unsqueeze(-1)).squeeze(-1))
+                index = target.expand(rosters, -1).unsqueeze(-1)
+                scores[:, done : done + len(part)] = log_probs.gather(-1, index).squeeze(-1)
+                done += len(part)
                 if watch:
                     watch(log_probs, target)
                 progress.update(len(part))
     counts = torch.arange(1, rosters + 1, device=model.device)
-    return torch.cat(scores, 1).logcumsumexp(0) - counts.log()[:, None]
+    return scores.logcumsumexp(0) - counts.log()[:, None]
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------

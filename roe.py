@@ -463,11 +463,12 @@ def tune(args: argparse.Namespace, model: OLMoE, tokens: list[int]) -> None:
         from optuna.storages.journal import JournalFileBackend
     except ImportError as error:
         raise ValueError('--tune needs Optuna; install it with: pip install -e ".[tune]"') from error
-    (rosters,), layers = args.rosters, model.config.num_hidden_layers
-    noisy = range(args.skip, layers - args.skip)
+    (rosters,) = args.rosters
+    highest = temperatures(model.config, args.tau_max, args.skip)
+    noisy = [layer for layer, value in enumerate(highest) if value > 0]
 
     def perplexity(trial):
-        tau = [trial.suggest_float(f"tau_{i}", 0, args.tau_max) if i in noisy else 0.0 for i in range(layers)]
+        tau = [trial.suggest_float(f"tau_{i}", 0, value) if value > 0 else 0.0 for i, value in enumerate(highest)]
         trial.set_user_attr("tau", tau)
         return score(model, tokens, rosters, tau, args.seed, args.weights)[-1].mean().neg().exp().item()
 

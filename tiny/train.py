@@ -26,7 +26,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import model as olmoe  # noqa: E402
+import model as olmoe
+from load import tensor_places
 
 config = olmoe.Config(
     vocab_size=4096,
@@ -162,18 +163,8 @@ def evaluate(model: olmoe.OLMoE, rows: torch.Tensor) -> float:
 
 def save(model: olmoe.OLMoE, path: Path):
     """Writes bfloat16 weights under the names of OLMoE's published checkpoints, or leaves the old file as it was."""
-    tensors = {}
-    for name, weight in model.state_dict().items():
-        prefix = "" if name.startswith("lm_head") else "model."
-        if ".experts." not in name:
-            tensors[prefix + name] = weight
-            continue
-        experts, projection = name.rsplit(".", 1)
-        for e, matrix in enumerate(weight):
-            fused = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[projection]
-            for part, rows in zip(fused, matrix.chunk(len(fused)), strict=True):
-                tensors[f"{prefix}{experts}.{e}.{part}.weight"] = rows
-    tensors = {name: t.to("cpu", torch.bfloat16, copy=True).contiguous() for name, t in tensors.items()}
+    places = tensor_places(model, fused=False)
+    tensors = {name: t.detach().to("cpu", torch.bfloat16, copy=True).contiguous() for name, t in places.items()}
     save_file(tensors, path.with_suffix(".tmp"), metadata={"format": "pt"})
     os.replace(path.with_suffix(".tmp"), path)
 

@@ -53,6 +53,28 @@ class SharedCache:
         return self.k[layer, :, :, : end - 1], self.v[layer, :, :, : end - 1], k.unsqueeze(3), v.unsqueeze(3)
 
 
+class StaticCache:
+    """A `SharedCache` for decoding in steps of fixed shapes that read nothing back, as a CUDA graph must be captured.
+
+    A step attends to all the memory there is, with what is not filled yet masked out, whatever the length.
+
+    Args:
+        cache: the `SharedCache` that holds the prompt; its memory is used from now on.
+    """
+
+    def __init__(self, cache: SharedCache):
+        self.k, self.v, self.nbytes = cache.k, cache.v, cache.nbytes
+        self.v[:, :, :, cache.length :] = 0  # masked out, but 0 times what memory happens to hold could be NaN
+        self.length = torch.tensor([cache.length], device=cache.k.device)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """As `SharedCache.update`, for T = 1; also returns which shared positions are visible, [max_len]."""
+        self.k[layer].index_copy_(2, self.length, k[:1])
+        self.v[layer].index_copy_(2, self.length, v[:1])
+        visible = torch.arange(self.k.shape[3], device=self.k.device) < self.length
+        return self.k[layer], self.v[layer], k.unsqueeze(3), v.unsqueeze(3), visible
+
+
 class BranchingCache:
     """The standard cache that the paper compares with: every roster keeps a history of its own (section 2.3).
 

@@ -66,7 +66,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attend(
-    q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor | None = None, own_v: Tensor | None = None
+    q: Tensor,
+    shared_k: Tensor,
+    shared_v: Tensor,
+    own_k: Tensor | None = None,
+    own_v: Tensor | None = None,
+    visible: Tensor | None = None,
 ) -> Tensor:
     """Causal attention to positions shared by all rows and to positions of the row's own, under one softmax.
 
@@ -74,12 +79,14 @@ def attend(
         q: queries [n, H, T, D].
         shared_k, shared_v: [1 or n, Hk, S, D]. The last query sees all S positions, each earlier one sees one fewer.
         own_k, own_v: [n, Hk, T, C, D], C positions for each query; None: all that a row may see is in the shared part.
+        visible: [S], for T = 1, which of the shared positions the query sees instead.
 
     Returns:
         [n, H, T, D]
     """
     (n, H, T, D), (_, Hk, S, _) = q.shape, shared_k.shape
-    visible = None if T == 1 else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    if T > 1:
+        visible = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     if own_k is None:
         causal = 1 < T == S  # spelled out, since kernels then skip what is not visible
         visible = None if causal else visible
@@ -192,9 +199,9 @@ class OLMoE(nn.Module):
     def hidden(self, tokens: Tensor, cache=None, route: Callable | None = None) -> Tensor:
         """As `forward`, but returns the hidden states [rows, T, d] before the final norm and makes no prediction."""
         config, D, T = self.config, self.config.head_dim, tokens.shape[1]
-        start = cache.length if cache else 0
         frequencies = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, device=self.device) / D)
-        angles = torch.arange(start, start + T, device=self.device)[:, None] * frequencies
+        positions = torch.arange(T, device=self.device) + (cache.length if cache else 0)
+        angles = positions[:, None] * frequencies
         cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
         x = self.embed_tokens(tokens)
         for layer in self.layers:

@@ -31,9 +31,9 @@ import torch.nn.functional as F
 from transformers import DynamicCache, OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 import roe
-from cache import BranchingCache, SharedCache
+from cache import BranchingCache, SharedCache, StaticCache
 from load import load
-from model import Config
+from model import Config, top_k
 
 torch.set_num_threads(1)  # models this small do not gain from more, and lose where the processor is shared
 
@@ -424,6 +424,28 @@ def test_cache_bytes(small):
     assert nbytes(1, "branching") == 4 * 30 * position
     # Layers 0 and 1, up to the first noisy router, hold one row; the prompt but its last token is shared.
     assert nbytes(8, "branching") == (2 * 30 + 2 * (10 + 8 * 20)) * position
+
+
+def test_static_cache(small):
+    """Its logits are those of the shared cache, and on a device without data a step works: it reads nothing back."""
+    prompt, n, reference = random_tokens(9), 5, SharedCache(small.model.config, 20)
+    cache = SharedCache(small.model.config, 20)
+    cache.v.fill_(torch.nan)
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    for c, generator in zip((reference, cache), generators, strict=True):
+        roe.predict(small.model, prompt, c, n, TAU, generator)
+    static = StaticCache(cache)
+    for token in random_tokens(11):
+        expected = roe.predict(small.model, [token], reference, n, TAU, generators[0])
+        logits = roe.predict(small.model, [token], static, n, TAU, generators[1])
+        torch.testing.assert_close(logits, expected, **CLOSE)
+    assert static.length.item() == reference.length == 20
+
+    static.k, static.v = (t.to("meta", torch.bfloat16) for t in (static.k, static.v))
+    static.length = static.length.to("meta")
+    model = copy.deepcopy(small.model).to("meta", torch.bfloat16)
+    route = lambda layer, logits: top_k(model.config, logits.expand(n, -1, -1))
+    assert model(torch.zeros(1, 1, dtype=torch.long, device="meta"), static, route).shape == (n, 1, SMALL["vocab_size"])
 
 
 def test_embedded_model_writes_what_it_wrote(embedded):

@@ -1,0 +1,408 @@
+"""Measures speed and memory: of this project, of Hugging Face transformers, and of RoE as first written on top of it.
+
+    python bench/bench.py                              4 layers of OLMoE-1B-7B's shapes and its head, random weights
+    python bench/bench.py --layers 16 --systems roe    all 16 of them (13.8 GB)
+    python bench/bench.py --layers 0                   the embedded model, as it is
+
+Decoding: milliseconds per token for every number of rosters, after a short and a long history. Prompts: milliseconds to
+the first token. Memory: the peak of a process of its own for every number of rosters. The floor is the time in which a
+plain sum reads the bytes that a token needs: the experts that were really chosen, the other weights and the history.
+
+Every system runs in a process of its own. They take turns, one repeat each, and medians over the repeats are reported,
+so that a machine that slows down slows down all. transformers runs each of its experts implementations, and the faster
+one counts. Above one roster it runs README's "Take it with you" on a batch of n, with a history for each.
+
+Prints a table and appends one JSON object per result to bench/results/bench.jsonl.
+"""
+
+import argparse
+import itertools
+import json
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from effect import ROOT, where
+from torch import nn
+
+import roe
+from cache import SharedCache, StaticCache
+from load import load, tensor_places
+from model import Config, OLMoE
+
+OLMOE = {  # allenai/OLMoE-1B-7B
+    "vocab_size": 50304,
+    "hidden_size": 2048,
+    "intermediate_size": 1024,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "max_position_embeddings": 4096,
+}
+TAU = 0.3
+STEPS = 8  # decoding steps in a repeat
+
+
+def fill(model: nn.Module) -> None:
+    """Random weights of deviation 0.02 and norms of 1, quickly: a block of random numbers over and over."""
+    block = torch.randn(2**22 + 1).mul_(0.02).to(model.lm_head.weight)
+    for p in model.parameters():
+        p.requires_grad_(False)
+        for part in p.view(-1).split(len(block)) if p.dim() > 1 else ():
+            part.copy_(block[: len(part)])
+        if p.dim() == 1:
+            p.fill_(1)
+
+
+class RoE:
+    """This project."""
+
+    def __init__(self, args: argparse.Namespace):
+        if args.layers:
+            config = Config(num_hidden_layers=args.layers, **OLMOE)
+            with torch.device("meta"):
+                self.model = OLMoE(config)
+            self.model = self.model.to(getattr(torch, args.dtype)).to_empty(device=args.device)
+            fill(self.model)
+        else:
+            self.model, _ = load(None, args.device, args.dtype)
+        self.tau = roe.temperatures(self.model.config, TAU)
+        self.generator = torch.Generator(self.model.device)
+
+    def step(self, tokens: list[int], cache: SharedCache, n: int) -> int:
+        logits = roe.predict(self.model, tokens, cache, n, self.tau, self.generator)
+        return roe.aggregate(logits).argmax().item()
+
+    def cache(self, history: int, room: int) -> SharedCache:
+        cache = SharedCache(self.model.config, history + room, self.model.dtype, self.model.device)
+        cache.k.fill_(0.01)
+        cache.v.fill_(0.01)
+        cache.length = history
+        return cache
+
+    def decode(self, n: int, history: int, captured: bool = False) -> list[float]:
+        cache, token, times = self.cache(history, STEPS + 4), 1, []
+        self.generator.manual_seed(0)
+        step = self.capture(cache, n) if captured else lambda token: self.step([token], cache, n)
+        for _ in range(STEPS + 1):
+            start = time.perf_counter()
+            token = step(token)
+            times.append(time.perf_counter() - start)
+        return times[1:]
+
+    @torch.inference_mode()
+    def capture(self, cache: SharedCache, n: int) -> Callable:
+        """A decoding step as a CUDA graph, which keeps the token that it chose for the next step."""
+        cache, token = StaticCache(cache), torch.ones(1, 1, dtype=torch.long, device=self.model.device)
+        route = roe.stochastic_route(self.model.config, n, self.tau, self.generator)
+
+        def step():
+            logits = self.model(token, cache, route)[:, 0].expand(n, -1)
+            token.copy_(roe.aggregate(logits).argmax())
+
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):  # kernels are chosen and loaded before the capture
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        with torch.cuda.graph(graph):
+            step()
+        return lambda _: (graph.replay(), token.item())[1]
+
+    def prompt(self, n: int, length: int, captured: bool = False) -> list[float]:  # a prompt never is
+        tokens = torch.randint(self.model.config.vocab_size, (length,)).tolist()
+        start = time.perf_counter()
+        self.step(tokens, self.cache(0, length), n)
+        return [time.perf_counter() - start]
+
+    def cache_bytes(self, n: int, history: int) -> int:
+        return self.cache(0, history).nbytes
+
+    def floor_bytes(self, n: int, history: int) -> float:
+        """Bytes that a decoding step reads, the mean over STEPS of them."""
+        touched = []  # experts
+        experts = [layer.mlp.experts for layer in self.model.layers]
+        hooks = [e.register_forward_pre_hook(lambda _, args: touched.append(args[2].unique().numel())) for e in experts]
+        self.decode(n, history)
+        for hook in hooks:
+            hook.remove()
+        expert = sum(p[0].nbytes for p in experts[0].parameters())
+        others = [p for name, p in self.model.named_parameters() if ".experts." not in name and "embed" not in name]
+        weights = expert * sum(touched) / (STEPS + 1) + sum(p.nbytes for p in others)
+        return weights + self.cache(0, history).nbytes
+
+    def bandwidth(self) -> float:
+        """Bytes per second of a plain sum over the experts' weights."""
+        weights = [layer.mlp.experts.gate_up_proj.view(torch.float32) for layer in self.model.layers]
+        start = time.perf_counter()
+        torch.stack([weight.sum() for weight in weights]).sum().item()
+        return sum(weight.nbytes for weight in weights) / (time.perf_counter() - start)
+
+
+class Transformers:
+    """Hugging Face transformers; above one roster with README's "Take it with you"."""
+
+    def __init__(self, args: argparse.Namespace):
+        from transformers import OlmoeConfig, OlmoeForCausalLM
+
+        dtype = getattr(torch, args.dtype)
+        if args.layers:
+            config = OlmoeConfig(num_hidden_layers=args.layers, **OLMOE)
+            with torch.device("meta"):
+                model = OlmoeForCausalLM(config)
+            model = model.to(dtype).to_empty(device=args.device)
+            model.model.rotary_emb = type(model.model.rotary_emb)(config, device=args.device)  # not a weight
+            fill(model)
+        else:
+            model = OlmoeForCausalLM.from_pretrained(ROOT / "tiny", dtype=dtype).to(args.device)
+        self.model = model.eval()
+        self.generator = torch.Generator(args.device)
+        self.naive = {}
+        exec(re.search(r"```python\n(import math.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1], self.naive)
+
+    def use(self, n: int, implementation: str) -> None:
+        self.model.set_experts_implementation(implementation)
+        for layer in self.model.model.layers:
+            layer.mlp.gate.__dict__.pop("forward", None)
+        if n > 1:
+            self.naive["add_roe"](self.model, n, TAU, self.generator)
+
+    @torch.inference_mode()
+    def step(self, tokens: list[int], cache, n: int) -> int:
+        inputs = torch.tensor(tokens, device=self.model.device).expand(n, -1)
+        logits = self.model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        return self.naive["average"](logits).argmax().item()
+
+    def cache(self, n: int, history: int):
+        from transformers import DynamicCache
+
+        config, cache = self.model.config, DynamicCache()
+        shape = n, config.num_key_value_heads, history, config.hidden_size // config.num_attention_heads
+        for layer in range(config.num_hidden_layers if history else 0):
+            cache.update(*torch.full((2, *shape), 0.01, dtype=self.model.dtype, device=self.model.device), layer)
+        return cache
+
+    def decode(self, n: int, history: int, implementation: str) -> list[float]:
+        self.use(n, implementation)
+        cache, token, times = self.cache(n, history), 1, []
+        self.generator.manual_seed(0)
+        for _ in range(STEPS + 1):
+            start = time.perf_counter()
+            token = self.step([token], cache, n)
+            times.append(time.perf_counter() - start)
+        return times[1:]
+
+    def prompt(self, n: int, length: int, implementation: str) -> list[float]:
+        self.use(n, implementation)
+        tokens = torch.randint(self.model.config.vocab_size, (length,)).tolist()
+        start = time.perf_counter()
+        self.step(tokens, self.cache(n, 0), n)
+        return [time.perf_counter() - start]
+
+    def cache_bytes(self, n: int, history: int) -> int:
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache(n, history).layers)
+
+
+class LlamaCpp:
+    """llama.cpp, from the packages xllamacpp and gguf, with as many threads as torch; one roster only."""
+
+    def __init__(self, args: argparse.Namespace):
+        import xllamacpp
+
+        model = RoE(args).model
+        self.file = tempfile.NamedTemporaryFile(suffix=".gguf")
+        write_gguf(model, self.file.name)
+        params = xllamacpp.CommonParams()
+        params.model.path, params.n_parallel, params.n_ctx = self.file.name, 1, model.config.max_position_embeddings
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+        params.verbosity = -1
+        self.vocab_size = model.config.vocab_size
+        del model
+        self.server = xllamacpp.Server(params)
+
+    def complete(self, length: int, new: int) -> dict:
+        tokens = torch.randint(1, self.vocab_size, (length,)).tolist()
+        request = {"prompt": tokens, "max_tokens": new, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+        return self.server.handle_completions(request)["timings"]
+
+    def decode(self, n: int, history: int) -> list[float]:
+        return [self.complete(history, STEPS)["predicted_per_token_ms"] / 1000]
+
+    def prompt(self, n: int, length: int) -> list[float]:
+        return [self.complete(length, 1)["prompt_ms"] / 1000]
+
+
+def write_gguf(model: OLMoE, path: str) -> None:
+    """The model as llama.cpp reads it, with tokens that have no meaning."""
+    import gguf
+
+    config = model.config
+    writer = gguf.GGUFWriter(path, "olmoe")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_expert_count(config.num_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("olmo")
+    writer.add_token_list([f"t{i}" for i in range(config.vocab_size)])
+    writer.add_token_types([gguf.TokenType.NORMAL] * config.vocab_size)
+    writer.add_token_merges(["t 1"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.OLMOE, config.num_hidden_layers)
+    for place, tensor in tensor_places(model, fused=True).items():
+        gate_up = place.endswith(".gate_up_proj")
+        for part, piece in zip(("gate", "up"), tensor.chunk(2, 1), strict=True) if gate_up else [("", tensor)]:
+            name = names.get_name(place.replace("gate_up", part) + ".weight" * (".experts." in place), (".weight",))
+            if piece.dim() == 1 or place.endswith(".gate.weight"):  # norms and routers must be float32
+                writer.add_tensor(name, piece.float().numpy())
+            else:
+                data = piece.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
+                writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType.BF16)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+SYSTEMS = {"roe": RoE, "transformers": Transformers, "llama.cpp": LlamaCpp}
+VARIANTS = {
+    "llama.cpp": [{}],
+    "roe": [{"captured": False}] + [{"captured": True}] * torch.cuda.is_available(),
+    "transformers": [{"implementation": "grouped_mm"}, {"implementation": "eager"}],
+}
+
+
+class Child:
+    """A system in a process of its own; `ask` calls one of its methods."""
+
+    def __init__(self, system: str, args: argparse.Namespace):
+        command = [sys.executable, __file__, "--serve", system, "--layers", str(args.layers)]
+        command += ["--device", args.device, "--dtype", args.dtype]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, method: str, **arguments):
+        print(json.dumps([method, arguments]), file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def serve(args: argparse.Namespace) -> None:
+    """The child's side."""
+    system = SYSTEMS[args.serve](args)
+    for line in sys.stdin:
+        method, arguments = json.loads(line)
+        if method == "peak":
+            peak = torch.cuda.max_memory_allocated() if args.device.startswith("cuda") else None
+            answer = peak or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        else:
+            answer = getattr(system, method)(**arguments)
+        print(json.dumps(answer), flush=True)
+
+
+def print_table(results: list[dict]) -> None:
+    """A line for every task, with ratios; a dash for what was not measured."""
+    tasks = defaultdict(dict)
+    for result in results:
+        value = result["bytes"] / 1e6 if result["method"] == "peak" else result["ms"]
+        task = result["method"], result.get("history", result.get("length")), result["n"]
+        tasks[task][result["system"]] = value
+        if "floor_ms" in result:
+            tasks[task]["floor"] = result["floor_ms"]
+    print("what    tokens  rosters       roe    / n=1     floor    / roe  transf.    / roe  llama.cpp  / roe")
+    for (method, length, n), values in tasks.items():
+        roe, one = values.get("roe"), tasks[method, length, 1].get("roe")
+        cells = [roe, roe and one and roe / one]
+        for name in ("floor", "transformers", "llama.cpp"):
+            cells += [values.get(name), values.get(name) and roe and values[name] / roe]
+        print(f"{method:6} {length:7} {n:8}", *("        -" if cell is None else f"{cell:9.2f}" for cell in cells))
+    print("decode: milliseconds per token; prompt: milliseconds to the first token; peak: megabytes")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--layers", type=int, default=4, help="of OLMoE-1B-7B's shapes; 0: the embedded model [4]")
+    add("--systems", nargs="+", choices=SYSTEMS, default=["roe", "transformers"], help="roe among them [%(default)s]")
+    add("--rosters", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+    add("--history", type=int, nargs="+", help="[32 2048; embedded model: 32 448]")
+    add("--prompts", type=int, nargs="+", help="lengths [32 512 2048; embedded model: 32 256 512]")
+    add("--repeats", type=int, default=5, help="[5]")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", default="bfloat16", help="[bfloat16]")
+    add("--output", type=Path, default=ROOT / "bench" / "results" / "bench.jsonl", help="appended to")
+    add("--serve", choices=SYSTEMS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        return serve(args)
+    history = args.history or ([32, 2048] if args.layers else [32, 448])
+    prompts = args.prompts or ([32, 512, 2048] if args.layers else [32, 256, 512])
+
+    tasks = [{"method": "decode", "n": n, "history": length} for length in history for n in args.rosters]
+    tasks += [{"method": "prompt", "n": n, "length": length} for length in prompts for n in (1, 8)]
+
+    children = {system: Child(system, args) for system in args.systems}
+    seconds, bandwidth = defaultdict(list), []
+    for repeat in range(args.repeats):
+        for number, task in enumerate(tasks):
+            bandwidth.append(children["roe"].ask("bandwidth"))
+            for system, child in children.items():
+                if task["n"] == 1 or system != "llama.cpp":
+                    for variant, keywords in enumerate(VARIANTS[system]):
+                        seconds[number, system, variant] += child.ask(**task, **keywords)
+        print(f"repeat {repeat + 1} of {args.repeats}", file=sys.stderr)
+    medians = {key: statistics.median(values) for key, values in seconds.items()}
+
+    results = []
+    for number, system in dict.fromkeys((number, system) for number, system, _ in medians):
+        task = tasks[number]
+        fastest = min(range(len(VARIANTS[system])), key=lambda variant: medians[number, system, variant])
+        result = {"system": system, "layers": args.layers} | task | VARIANTS[system][fastest]
+        result["ms"] = 1000 * medians[number, system, fastest]
+        if task["method"] == "decode" and system != "llama.cpp":
+            result["cache_bytes"] = children[system].ask("cache_bytes", n=task["n"], history=task["history"])
+        if task["method"] == "decode" and system == "roe":
+            floor = children[system].ask("floor_bytes", n=task["n"], history=task["history"])
+            result["floor_ms"] = 1000 * floor / statistics.median(bandwidth)
+        results.append(result)
+    for child in children.values():
+        child.close()
+
+    for system, n in itertools.product(args.systems, args.rosters):
+        if n == 1 or system != "llama.cpp":
+            child = Child(system, args)
+            child.ask("decode", n=n, history=history[-1], **VARIANTS[system][0])
+            results.append({"system": system, "layers": args.layers, "method": "peak", "n": n, "history": history[-1]})
+            results[-1]["bytes"] = child.ask("peak")
+            child.close()
+
+    print_table(results)
+    args.output.parent.mkdir(exist_ok=True)
+    with open(args.output, "a") as file:
+        for result in results:
+            file.write(
+                json.dumps(result | {"dtype": args.dtype, "device": args.device} | where(torch.device(args.device)))
+                + "\n"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -59,6 +59,18 @@ def top_k(config: Config, logits: Tensor, selection: Tensor | None = None) -> tu
     return weights, indices
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., d_in] times the transpose of weight [d_out, d_in]."""
+    if x.dtype != torch.bfloat16 or x.numel() > x.shape[-1] or x.device.type != "cpu":
+        return F.linear(x, weight)
+    # For one row PyTorch's own kernel reads the weight at nearly the speed of memory, and oneDNN at half of it.
+    torch.backends.mkldnn.enabled = False
+    try:
+        return F.linear(x, weight)
+    finally:
+        torch.backends.mkldnn.enabled = True
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of x [..., T, D], by angles with cos and sin [T, D/2]: turns each pair (i, i + D/2)."""
     a, b = x.chunk(2, -1)
@@ -103,15 +115,25 @@ def attend(
     return out.reshape(n, H, T, D)
 
 
+class Linear(nn.Linear):
+    """Without bias, and by `linear`."""
+
+    def __init__(self, d_in: int, d_out: int):
+        super().__init__(d_in, d_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
+
 class Attention(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
         d, D, Hk = config.hidden_size, config.head_dim, config.num_key_value_heads
         self.layer, self.head_dim, self.clip = layer, D, config.clip_qkv
-        self.q_proj = nn.Linear(d, d, bias=False)
-        self.k_proj = nn.Linear(d, Hk * D, bias=False)
-        self.v_proj = nn.Linear(d, Hk * D, bias=False)
-        self.o_proj = nn.Linear(d, d, bias=False)
+        self.q_proj = Linear(d, d)
+        self.k_proj = Linear(d, Hk * D)
+        self.v_proj = Linear(d, Hk * D)
+        self.o_proj = Linear(d, d)
         # OLMoE normalises the whole projection, before the heads are split.
         self.q_norm = nn.RMSNorm(d, config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(Hk * D, config.rms_norm_eps)
@@ -141,10 +163,17 @@ class Experts(nn.Module):
         (N, k), E = indices.shape, len(self.down_proj)
         # Sorted by expert, all rows of one expert are neighbours: each expert's weights are read once, whatever N is.
         expert, order = indices.flatten().sort(stable=True)
-        # ends[e]: where the rows of expert e end. Found without reading a value back from the device.
-        ends = torch.searchsorted(expert, torch.arange(E, device=x.device), right=True, out_int32=True)
-        gate, up = F.grouped_mm(x[order // k], self.gate_up_proj.transpose(1, 2), offs=ends).chunk(2, -1)
-        y = F.grouped_mm(F.silu(gate) * up, self.down_proj.transpose(1, 2), offs=ends)
+        if x.device.type == "cpu":  # where F.grouped_mm would spend time on every expert, chosen or not
+            counts = expert.bincount(minlength=E).tolist()
+            multiply = lambda x, w: torch.cat(
+                [linear(rows, w[e]) for e, rows in enumerate(x.split(counts)) if len(rows)]
+            )
+        else:
+            # ends[e]: where the rows of expert e end. Found without reading a value back from the device.
+            ends = torch.searchsorted(expert, torch.arange(E, device=x.device), right=True, out_int32=True)
+            multiply = lambda x, w: F.grouped_mm(x, w.transpose(1, 2), offs=ends)
+        gate, up = multiply(x.index_select(0, order // k), self.gate_up_proj).chunk(2, -1)
+        y = multiply(F.silu(gate) * up, self.down_proj)
         out = torch.empty_like(y)
         out[order] = y
         return (out.view(N, k, -1) * weights.to(x.dtype).unsqueeze(-1)).sum(1)
@@ -154,7 +183,7 @@ class MoE(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
         self.layer = layer
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)  # the router
+        self.gate = Linear(config.hidden_size, config.num_experts)  # the router
         self.experts = Experts(config)
 
     def forward(self, x: Tensor, route: Callable) -> Tensor:
@@ -186,7 +215,7 @@ class OLMoE(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size)
 
     @property
     def device(self) -> torch.device:
@@ -222,4 +251,4 @@ class OLMoE(nn.Module):
             logits [rows, T, vocab_size], as many rows as the last route returned.
         """
         head = self.lm_head or self.embed_tokens
-        return F.linear(self.norm(self.hidden(tokens, cache, route)), head.weight)
+        return linear(self.norm(self.hidden(tokens, cache, route)), head.weight)

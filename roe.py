@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cache import BranchingCache, SharedCache
-from load import load
+from load import EMBEDDED, load
 from model import Config, OLMoE, top_k
 
 TAU = 0.2  # the default temperature; the paper finds values up to 0.5 useful, and larger ones always harmful
@@ -323,8 +323,9 @@ def parse_arguments() -> argparse.Namespace:
 
     add = parser.add_argument_group("the rosters").add_argument
     add("--rosters", metavar="N", type=int, nargs="+", default=[4], help="rosters per token; 1 is plain decoding [4]")
-    add("--tau", default=str(TAU), help=f"noise temperature, or a JSON file with a list of one per layer [{TAU}]")
-    add("--skip", metavar="L", type=int, default=1, help="layers without noise at each end, unless --tau is a file [1]")
+    tau = f"noise temperature, or a JSON file of one per layer [tau.json in the model's directory; without one, {TAU}]"
+    add("--tau", help=tau)
+    add("--skip", metavar="L", type=int, help="layers without noise at each end; not with a file of temperatures [1]")
     weights = "what mixes the chosen experts: softmax(R), as in equation 1, or softmax(R + tau G) [clean]"
     add("--weights", choices=["clean", "perturbed"], default="clean", help=weights)
     cache = "one clean history for all rosters, or one history for each [shared]"
@@ -364,6 +365,10 @@ def parse_arguments() -> argparse.Namespace:
         fail("--rosters takes one count; several are for --ppl")
     if args.prompt is None and args.cache != "shared":
         fail("texts are scored with the shared cache only; leave out --cache branching")
+    if args.tau is None:
+        tuned = Path(args.model or EMBEDDED) / "tau.json"
+        args.tau = str(tuned if args.skip is None and tuned.is_file() else TAU)
+    args.skip = 1 if args.skip is None else args.skip
     return args
 
 

@@ -224,6 +224,7 @@ def test_temperatures():
 # ---- The roster batch, against n separate runs of transformers ------------------------------------------------------
 
 TAU = [0.0, 0.5, 0.0, 1.0]  # the first noisy router is that of layer 1
+TUNED = json.loads((ROOT / "tiny" / "tau.json").read_text())
 
 
 def with_noise(hf, tokens, past, noise, weights):
@@ -634,6 +635,7 @@ def test_prompt(cli, embedded):
         status, out, err = cli(
             "--prompt", "class ", "--max-new-tokens", 20, "--dtype", "float32", "--device", "cpu", *options
         )
+        keywords = {"tau": TUNED} | keywords
         tokens = list(roe.generate(model, tokenizer.encode("class ").ids, max_new_tokens=20, **keywords))
         assert (status, out) == (0, tokenizer.decode(tokens) + "\n")
         assert err.startswith(f"{len(tokens)} tokens, ") and err.count("\n") == 1
@@ -644,7 +646,8 @@ def test_prompt_from_standard_input_and_chat(cli, embedded):
     model, tokenizer = embedded
     for options, prompt in ([], "x = é"), (["--chat"], "<|endoftext|><|user|>\nx = é\n<|assistant|>\n"):
         status, out, _ = cli("--prompt", "-", "--dtype", "float32", "--device", "cpu", *options, stdin="x = é".encode())
-        assert (status, out) == (0, tokenizer.decode(list(roe.generate(model, tokenizer.encode(prompt).ids))) + "\n")
+        tokens = list(roe.generate(model, tokenizer.encode(prompt).ids, tau=TUNED))
+        assert (status, out) == (0, tokenizer.decode(tokens) + "\n")
 
 
 def test_show_shades_on_a_terminal_only(cli, monkeypatch):
@@ -673,7 +676,8 @@ def test_tune(cli, tmp_path, monkeypatch):
     assert len(tau) == 6 and tau[0] == tau[5] == 0 and all(0 <= value <= 0.3 for value in tau)
     table = cli("--ppl", tmp_path / "text.py", "--rosters", 4, "--tau", output, "--device", "cpu")[1]
     assert float(table.split()[4]) == pytest.approx(min(perplexities), abs=1e-3)
-    assert float(cli("--ppl", tmp_path / "text.py", "--device", "cpu")[1].split()[4]) == pytest.approx(perplexities[0])
+    table = cli("--ppl", tmp_path / "text.py", "--tau", roe.TAU, "--device", "cpu")[1]  # where the search starts
+    assert float(table.split()[4]) == pytest.approx(perplexities[0])
     err = cli(*options, "--trials", 6)[2]  # resumes
     assert err.startswith("trial 5 of 6: perplexity ") and err.count("\n") == 2
     assert float(err.split()[5].rstrip(",")) not in perplexities
@@ -693,6 +697,18 @@ def test_perplexity_table(cli, embedded, tmp_path):
     assert status == 0 and [int(row[0]) for row in rows] == [1, 2, 8]
     for row in rows:
         assert float(row[1]) == pytest.approx(math.exp(-scores[int(row[0]) - 1].mean()), abs=1e-3)
+
+
+def test_default_temperatures(monkeypatch, tmp_path):
+    """Those in the model's directory, where `--tune` may have put them; otherwise one number for all models."""
+
+    def default(*options):
+        monkeypatch.setattr(sys, "argv", ["roe.py", "--prompt", "x", *options])
+        return roe.parse_arguments().tau
+
+    assert default() == default("--model", str(ROOT / "tiny")) == str(ROOT / "tiny" / "tau.json")
+    assert default("--model", str(tmp_path)) == default("--model", "allenai/OLMoE-1B-7B-0924") == str(roe.TAU)
+    assert default("--tau", "0.3") == "0.3" and default("--skip", "2") == str(roe.TAU)
 
 
 def test_processes_share_the_rosters(small, monkeypatch):

@@ -12,6 +12,7 @@ standard errors over pieces of 512 tokens. All in float32, and with the embedded
 import argparse
 import itertools
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -26,10 +27,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
 import train
 
 import roe
-from load import load
+from load import EMBEDDED, load
 
-HELD_OUT = ROOT / "tiny" / "heldout.txt"
-EMBEDDED_TAU = ROOT / "tiny" / "tau.json"
+HELD_OUT, TUNED = EMBEDDED / "heldout.txt", EMBEDDED / "tau.json"
 ROSTERS = 32
 BLOCK = 512  # tokens; the context of the embedded model
 PACKAGES = "h11 iniconfig pluggy".split()  # installed with RoE and its tests
@@ -63,12 +63,6 @@ def rows(tokens: list[int], count: int) -> list[list[int]]:
     return [tokens[start : start + BLOCK + 1] for start in (last * i // (count - 1) for i in range(count))]
 
 
-def score_rows(model, pieces: list[list[int]], rosters: int, tau, weights: str = "clean") -> Tensor:
-    """Log-probabilities [rosters, pieces * BLOCK]; every piece has noise of its own."""
-    scores = [roe.score(model, piece, rosters, tau, seed, weights) for seed, piece in enumerate(pieces)]
-    return torch.cat(scores, 1)
-
-
 def changes(scores: Tensor) -> Iterator[dict]:
     """For 1, 2, 4, ... rosters: perplexity, its change from one roster and the standard error of that change."""
     scores = scores.double()
@@ -80,6 +74,47 @@ def changes(scores: Tensor) -> Iterator[dict]:
         yield {"rosters": n, "perplexity": scores[n - 1].mean().neg().exp().item(), "change": change, "error": error}
 
 
+class Softened:
+    """Perplexity of the rosters' average at the softmax temperature that suits it best, which mends overconfidence."""
+
+    def __init__(self):
+        self.scores = {i / 10: [] for i in range(8, 21)}  # by temperature
+
+    def __call__(self, log_probs: Tensor, targets: Tensor) -> None:
+        average = roe.aggregate(log_probs)
+        for temperature, scores in self.scores.items():
+            scores.append((average / temperature).log_softmax(-1).gather(-1, targets[:, None]))
+
+    def best(self) -> tuple[float, float]:
+        """Perplexity and temperature."""
+        return min((torch.cat(scores).mean().neg().exp().item(), t) for t, scores in self.scores.items())
+
+
+def measure(model, pieces: list[list[int]], tau, weights: str = "clean") -> list[dict]:
+    """`changes` over pieces of text, every piece with noise of its own.
+
+    The last one also tells what is more than a cure for overconfidence: `softened` is the change from the clean path to
+    the average of all rosters, each at the softmax temperature that suits it best.
+    """
+    clean, average = Softened(), Softened()
+
+    def watch(log_probs, targets):
+        clean(log_probs[:1], targets)
+        average(log_probs, targets)
+
+    scores = [roe.score(model, piece, ROSTERS, tau, seed, weights, watch=watch) for seed, piece in enumerate(pieces)]
+    found = list(changes(torch.cat(scores, 1)))
+    (clean, clean_temperature), (average, average_temperature) = clean.best(), average.best()
+    found[0] |= {"temperature": clean_temperature, "perplexity_softened": clean}
+    found[-1] |= {"temperature": average_temperature, "perplexity_softened": average, "softened": average / clean - 1}
+    return found
+
+
+def loss(model, pieces: list[list[int]]) -> float:
+    """Of the model without rosters, in nats per token."""
+    return -torch.cat([roe.score(model, piece, 1) for piece in pieces], 1).mean().item()
+
+
 def measure_rosters(args: argparse.Namespace) -> Iterator[dict]:
     model, tokenizer = load(dtype="float32")
     held_out, (packages, versions) = HELD_OUT.read_text(encoding="utf-8"), package_sources()
@@ -88,10 +123,10 @@ def measure_rosters(args: argparse.Namespace) -> Iterator[dict]:
         for setting, tau, weights in (
             ("clean", roe.TAU, "clean"),
             ("perturbed", roe.TAU, "perturbed"),
-            ("tuned", str(EMBEDDED_TAU), "clean"),
+            ("tuned", TUNED, "clean"),
         ):
             tau = roe.read_tau(str(tau), model.config, 1)
-            for change in changes(roe.score(model, tokens, ROSTERS, tau, weights=weights)):
+            for change in measure(model, [tokens], tau, weights):
                 yield {"text": name, "tokens": len(tokens), "setting": setting, "tau": tau} | change
 
 
@@ -99,14 +134,13 @@ def measure_tau(args: argparse.Namespace) -> Iterator[dict]:
     model, tokenizer = load(dtype="float32")
     pieces = rows(tokenizer.encode(HELD_OUT.read_text(encoding="utf-8")).ids, args.pieces)
     for weights, tau in itertools.product(args.weights, (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)):
-        *_, change = changes(score_rows(model, pieces, ROSTERS, tau, weights))
-        yield {"tokens": len(pieces) * BLOCK, "weights": weights, "tau": tau} | change
+        yield {"tokens": len(pieces) * BLOCK, "weights": weights, "tau": tau} | measure(model, pieces, tau, weights)[-1]
 
 
 def measure_disagreement(args: argparse.Namespace) -> Iterator[dict]:
     model, tokenizer = load(dtype="float32")
     pieces = rows(tokenizer.encode(HELD_OUT.read_text(encoding="utf-8")).ids, args.pieces)
-    tau = roe.read_tau(str(EMBEDDED_TAU), model.config, 1)
+    tau = roe.read_tau(str(TUNED), model.config, 1)
     columns = {"confidence": [], "agreement": [], "gain": []}
 
     def watch(log_probs, targets):
@@ -131,11 +165,11 @@ def measure_checkpoints(args: argparse.Namespace) -> Iterator[dict]:
         seen, unseen = (
             rows(tokenizer.encode(text).ids, args.pieces) for text in ("\n".join(texts[:: args.every]), held_out)
         )
-        train_loss, held_out_loss = (-score_rows(model, pieces, 1, 0.0).mean().item() for pieces in (seen, unseen))
-        losses = {"step": step, "epochs": epochs[step], "train_loss": train_loss, "held_out_loss": held_out_loss}
+        found = {"step": step, "epochs": epochs[step], "train_loss": loss(model, seen), "tokens": len(unseen) * BLOCK}
         for weights, tau in itertools.product(args.weights, (0.1, 0.2, 0.35, 0.5, 0.7)):
-            *_, change = changes(score_rows(model, unseen, ROSTERS, tau, weights))
-            yield losses | {"tokens": len(unseen) * BLOCK, "weights": weights, "tau": tau} | change
+            clean, *_, change = measure(model, unseen, tau, weights)
+            alone = {"held_out_loss": math.log(clean["perplexity"]), "clean_softened": clean["perplexity_softened"]}
+            yield found | alone | {"weights": weights, "tau": tau} | change
 
 
 def main() -> None:

@@ -1,0 +1,178 @@
+"""Draws README's figures, bench/figures/*.svg, from bench/results/*.jsonl and tiny/tau.json.
+
+    pip install -e ".[figures]" && python bench/figures.py
+
+Transparent and in colours of medium brightness, so that they can be read on light pages and on dark ones.
+"""
+
+import io
+import json
+import math
+import os
+import pty
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+from rich.console import Console
+from rich.text import Text
+
+ROOT = Path(__file__).resolve().parent.parent
+FIGURES = ROOT / "bench" / "figures"
+GREY, BLUE, ORANGE, GREEN = "#808890", "#3f8cff", "#e8762c", "#2ea05a"
+LABELS = {
+    "clean": ("softmax(R), τ = 0.2", BLUE),
+    "perturbed": ("softmax(R + τG), τ = 0.2", ORANGE),
+    "tuned": ("softmax(R), tuned τ", GREEN),
+}
+READINGS = {"clean": ("weights softmax(R)", BLUE), "perturbed": ("weights softmax(R + τG)", ORANGE)}
+
+plt.rcParams.update(
+    {
+        **dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"], GREY),
+        **dict.fromkeys(["axes.spines.top", "axes.spines.right", "legend.frameon"], False),
+        "axes.grid": True,
+        "grid.color": GREY,
+        "grid.alpha": 0.25,
+        "savefig.transparent": True,
+        "svg.fonttype": "none",  # text stays text
+        "svg.hashsalt": "roe",  # the same file from the same data
+        "font.size": 10,
+        "figure.constrained_layout.use": True,
+    }
+)
+
+
+def results(name: str) -> list[dict]:
+    """The lines of one measurement, oldest first."""
+    return [json.loads(line) for line in open(ROOT / "bench" / "results" / f"{name}.jsonl")]
+
+
+def curves(lines: list[dict], key: str, x: str) -> dict[str, list[tuple[float, float, float]]]:
+    """For every value of `key`: x, change and error in percent, sorted; of two measurements the later one."""
+    found = defaultdict(dict)
+    for line in lines:
+        found[line[key]][line[x]] = (line[x], 100 * line["change"], 100 * line["error"])
+    return {value: [points[x] for x in sorted(points)] for value, points in found.items()}
+
+
+def save(figure, name: str) -> None:
+    figure.savefig(FIGURES / f"{name}.svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+def draw_rosters() -> None:
+    lines = results("rosters")
+    texts = list(dict.fromkeys(line["text"] for line in lines))
+    figure, axes = plt.subplots(1, len(texts), figsize=(8.5, 3.2), sharey=True)
+    for ax, text in zip(axes, texts, strict=True):
+        for setting, points in curves([line for line in lines if line["text"] == text], "setting", "rosters").items():
+            label, colour = LABELS[setting]
+            ax.errorbar(*zip(*points, strict=True), color=colour, label=label, marker="o", ms=4, capsize=2)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks([1, 2, 4, 8, 16, 32], [1, 2, 4, 8, 16, 32])
+        ax.set(xlabel="rosters n", title=text)
+    axes[0].set_ylabel("change of perplexity, %")
+    axes[0].legend()
+    save(figure, "rosters")
+
+
+def draw_tau() -> None:
+    figure, ax = plt.subplots(figsize=(5, 3.2))
+    for weights, points in curves(results("tau"), "weights", "tau").items():
+        label, colour = READINGS[weights]
+        ax.errorbar(*zip(*points, strict=True), color=colour, label=label, marker="o", ms=4, capsize=2)
+    ax.axhline(0, color=GREY, lw=1)
+    ax.set(xlabel="τ of all layers but the first and the last", ylabel="change of perplexity, %", title="n = 32")
+    ax.legend()
+    save(figure, "tau")
+
+
+def draw_tuned() -> None:
+    tau = json.loads((ROOT / "tiny" / "tau.json").read_text())
+    figure, ax = plt.subplots(figsize=(3.5, 3.2))
+    bars = ax.bar(range(len(tau)), tau, color=GREEN)
+    ax.bar_label(bars, fmt="%.2f", color=GREY)
+    ax.grid(False, axis="x")
+    ax.set(xlabel="layer", ylabel="tuned τ", ylim=(0, 0.55), xticks=range(len(tau)))
+    save(figure, "tuned")
+
+
+def draw_disagreement() -> None:
+    *_, line = results("disagreement")
+    confidence, agreement, gain = line["confidence"], line["agreement"], line["gain"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.2))
+    left.scatter(confidence, agreement, s=5, color=BLUE, alpha=0.35, lw=0, rasterized=True)
+    left.set(xlabel="clean path's probability of its first choice", ylabel="rosters that agree with the average")
+    bins = [[g for c, g in zip(confidence, gain, strict=True) if i <= 10 * c < i + 1] for i in range(10)]
+    means = [sum(bin) / len(bin) for bin in bins]
+    errors = [(sum((g - m) ** 2 for g in bin) / len(bin) ** 2) ** 0.5 for bin, m in zip(bins, means, strict=True)]
+    right.bar([i / 10 + 0.05 for i in range(10)], means, 0.09, yerr=errors, color=BLUE, ecolor=GREY)
+    right.axhline(0, color=GREY, lw=1)
+    right.set(xlabel="clean path's probability of its first choice", ylabel="mean gain of the true token, nats")
+    save(figure, "disagreement")
+
+
+def draw_checkpoints() -> None:
+    lines = results("checkpoints")
+    steps = sorted({line["step"] for line in lines})
+    one = {line["step"]: line for line in lines}  # what is the same for all settings of a checkpoint
+    gaps = [one[step]["held_out_loss"] - one[step]["train_loss"] for step in steps]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.6), width_ratios=(2, 3))
+    for key, style, label in (("train_loss", "--", "training text"), ("held_out_loss", "-", "held-out text")):
+        left.plot(
+            [one[s]["epochs"] for s in steps],
+            [one[s][key] for s in steps],
+            style,
+            color=GREY,
+            marker="o",
+            ms=4,
+            label=label,
+        )
+    left.set(xlabel="epochs", ylabel="loss, nats per token")
+    left.legend()
+    for weights, (label, colour) in READINGS.items():
+        for key, style, note in (("change", "-", ""), ("softened", ":", ", beyond softmax temperature")):
+            best = [min(line[key] for line in lines if (line["step"], line["weights"]) == (s, weights)) for s in steps]
+            right.plot(gaps, [100 * value for value in best], style, color=colour, marker="o", ms=4, label=label + note)
+    softened = [100 * (one[s]["clean_softened"] / math.exp(one[s]["held_out_loss"]) - 1) for s in steps]
+    right.plot(gaps, softened, "--", color=GREY, marker="o", ms=4, label="softmax temperature alone, no rosters")
+    right.axhline(0, color=GREY, lw=1)
+    right.set(xlabel="held-out loss - training loss, nats", ylabel="change of perplexity, %", title="n = 32, best τ")
+    right.legend(fontsize=8)
+    save(figure, "checkpoints")
+
+
+def draw_show() -> None:
+    """What a terminal shows, as a picture of that terminal."""
+    command = ["roe.py", "--prompt", "def parse(self, text):\n", "--rosters", "32", "--show", "--max-new-tokens", "200"]
+    reader, terminal = pty.openpty()
+    process = subprocess.Popen([sys.executable, *command], stdout=terminal, stderr=subprocess.DEVNULL, cwd=ROOT)
+    os.close(terminal)
+    output = b""
+    try:
+        while data := os.read(reader, 4096):
+            output += data
+    except OSError:  # Linux's way to say that the other end is closed
+        pass
+    process.wait()
+    console = Console(record=True, width=100, file=io.StringIO())
+    console.print(Text.from_ansi(output.decode().replace("\r\n", "\n").rstrip()))
+    console.save_svg(str(FIGURES / "show.svg"), title="python " + subprocess.list2cmdline(command))
+
+
+def main() -> None:
+    FIGURES.mkdir(exist_ok=True)
+    for name, draw in list(globals().items()):
+        if name.startswith("draw_") and (not sys.argv[1:] or name.removeprefix("draw_") in sys.argv[1:]):
+            draw()
+            print(f"bench/figures/{name.removeprefix('draw_')}.svg")
+
+
+if __name__ == "__main__":
+    main()

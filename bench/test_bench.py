@@ -1,0 +1,82 @@
+"""Tests of what measures and draws: that it measures what it says, and still runs."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+from xml.etree import ElementTree
+
+import effect
+import figures
+import pytest
+import torch
+from effect import ROOT
+
+import bench
+import roe
+from load import load
+
+torch.set_num_threads(1)
+
+
+def test_changes():
+    """Against the formulas, on two pieces of text on which the second roster gains 0.1 and 0.3 nats per token."""
+    clean = torch.full((2 * effect.BLOCK,), -2.0)
+    gains = torch.tensor([0.1, 0.3]).repeat_interleave(effect.BLOCK)
+    one, two = effect.changes(torch.stack((clean, clean + gains)))
+    assert one == {"rosters": 1, "perplexity": pytest.approx(torch.tensor(2.0).exp().item()), "change": 0, "error": 0}
+    assert two["rosters"] == 2 and two["perplexity"] == pytest.approx(torch.tensor(1.8).exp().item())
+    assert two["change"] == pytest.approx(torch.tensor(-0.2).exp().item() - 1)
+    # The deviation of 0.1 and 0.3 is 0.2 / sqrt(2), that of their mean 0.1; d exp(-x) = exp(-x) dx.
+    assert two["error"] == pytest.approx(0.1 * torch.tensor(-0.2).exp().item())
+
+
+def test_softened():
+    """Against the distribution that the targets are drawn from; what is measured is 1.5 times too confident."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(20_000, 30, generator=generator)
+    targets = logits.softmax(-1).multinomial(1, generator=generator)[:, 0]
+    softened = effect.Softened()
+    for part, some in zip(logits.split(512), targets.split(512), strict=True):
+        softened((1.5 * part).log_softmax(-1)[None], some)
+    perplexity, temperature = softened.best()
+    assert temperature == 1.5
+    true = logits.log_softmax(-1).gather(-1, targets[:, None]).mean().neg().exp().item()
+    assert perplexity == pytest.approx(true, rel=1e-5)
+
+
+def test_benchmark_of_the_embedded_model(tmp_path):
+    options = "--layers 0 --repeats 1 --rosters 1 4 --history 32 --prompts 32".split()
+    command = [sys.executable, ROOT / "bench" / "bench.py", *options, "--output", tmp_path / "bench.jsonl"]
+    assert subprocess.run(command).returncode == 0
+    results = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()]
+    found = {(r["system"], r["method"], r["n"]): r for r in results}
+    assert found.keys() == {
+        *((system, method, n) for system in ("roe", "transformers") for method in ("decode", "peak") for n in (1, 4)),
+        *((system, "prompt", n) for system in ("roe", "transformers") for n in (1, 8)),
+    }
+    one, four = (found["roe", "decode", n] for n in (1, 4))
+    assert one["cache_bytes"] == four["cache_bytes"] == 2 * 6 * 32 * 128 * 2
+    assert found["transformers", "decode", 4]["cache_bytes"] == 4 * one["cache_bytes"]
+    assert 0 < one["floor_ms"] < one["ms"] and one["floor_ms"] < four["floor_ms"] < four["ms"]
+
+
+def test_llama_cpp_gets_the_same_model():
+    pytest.importorskip("xllamacpp")
+    pytest.importorskip("gguf")
+    system = bench.LlamaCpp(SimpleNamespace(layers=0, device="cpu", dtype="bfloat16"))
+    model, tokenizer = load(device="cpu", dtype="bfloat16")
+    tokens = tokenizer.encode("def read(self, size=-1):").ids
+    request = {"prompt": tokens, "max_tokens": 16, "temperature": 0, "ignore_eos": True}
+    text = system.server.handle_completions(request)["choices"][0]["text"]
+    assert text == "".join(f"t{token}" for token in roe.generate(model, tokens, 1, max_new_tokens=16))
+
+
+def test_figures(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "FIGURES", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["figures.py"])
+    figures.main()
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == {path.name for path in (ROOT / "bench" / "figures").iterdir()}  # those that README shows
+    for path in tmp_path.iterdir():
+        ElementTree.parse(path)

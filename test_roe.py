@@ -451,11 +451,11 @@ def test_static_cache(small):
 
 def test_embedded_model_writes_what_it_wrote(embedded):
     model, tokenizer = embedded
-    tokens = tokenizer.encode("def read(self, size=-1):").ids
+    tokens = tokenizer.encode("class Stack:").ids
     seen = []
     watch = lambda cache, *_: seen.append(cache.nbytes)
-    text = tokenizer.decode(list(roe.generate(model, tokens, 4, 0.2, max_new_tokens=24, seed=0, watch=watch)))
-    assert text == '\n        """Return a file object."""\n        return self.read(size)\n\n    def read(self, size=-1'
+    text = tokenizer.decode(list(roe.generate(model, tokens, 4, TUNED, max_new_tokens=24, seed=0, watch=watch)))
+    assert " ".join(text.split()) == "def __init__(self, name, value): self.name = name self.value = value"
     assert set(seen) == {2 * 6 * (len(tokens) + 23) * 128 * 4}  # keys and values, layers, positions, width, float32
 
 

@@ -665,7 +665,7 @@ def test_show_shades_on_a_terminal_only(cli, monkeypatch):
 
 def test_tune(cli, tmp_path, monkeypatch):
     pytest.importorskip("optuna")
-    (tmp_path / "text.py").write_text("import os\n\n\ndef join(*paths):\n    return os.path.join(*paths)\n")
+    (tmp_path / "text.py").write_bytes((ROOT / "tiny" / "validation.txt").read_bytes()[:1000])
     output = tmp_path / "tau.json"
     options = ["--tune", tmp_path / "text.py", "--rosters", 4, "--output", output, "--tau-max", 0.3, "--device", "cpu"]
     status, out, err = cli(*options, "--trials", 4)

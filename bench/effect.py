@@ -32,7 +32,7 @@ from load import EMBEDDED, load
 HELD_OUT, TUNED = EMBEDDED / "heldout.txt", EMBEDDED / "tau.json"
 ROSTERS = 32
 BLOCK = 512  # tokens; the context of the embedded model
-PACKAGES = "h11 iniconfig pluggy".split()  # installed with RoE and its tests
+PACKAGES = "h11 iniconfig".split()  # installed with RoE and its tests
 
 
 def where(device: torch.device | None = None) -> dict:

@@ -89,6 +89,7 @@ def draw_tau() -> None:
         ax.errorbar(*zip(*points, strict=True), color=colour, label=label, marker="o", ms=4, capsize=2)
     ax.axhline(0, color=GREY, lw=1)
     ax.set(xlabel="τ of all layers but the first and the last", ylabel="change of perplexity, %", title="n = 32")
+    ax.set(xlim=(0, 0.75), ylim=(-2, 2))  # beyond, it only gets worse
     ax.legend()
     save(figure, "tau")
 
@@ -150,7 +151,7 @@ def draw_checkpoints() -> None:
 
 def draw_show() -> None:
     """What a terminal shows, as a picture of that terminal."""
-    command = ["roe.py", "--prompt", "def parse(self, text):\n", "--rosters", "32", "--show", "--max-new-tokens", "200"]
+    command = ["roe.py", "--prompt", "class Error(Exception):", "--rosters", "32", "--max-new-tokens", "55", "--show"]
     reader, terminal = pty.openpty()
     process = subprocess.Popen([sys.executable, *command], stdout=terminal, stderr=subprocess.DEVNULL, cwd=ROOT)
     os.close(terminal)

@@ -66,7 +66,7 @@ def test_llama_cpp_gets_the_same_model():
     pytest.importorskip("gguf")
     system = bench.LlamaCpp(SimpleNamespace(layers=0, device="cpu", dtype="bfloat16"))
     model, tokenizer = load(device="cpu", dtype="bfloat16")
-    tokens = tokenizer.encode("def read(self, size=-1):").ids
+    tokens = tokenizer.encode("class Stack:").ids
     request = {"prompt": tokens, "max_tokens": 16, "temperature": 0, "ignore_eos": True}
     text = system.server.handle_completions(request)["choices"][0]["text"]
     assert text == "".join(f"t{token}" for token in roe.generate(model, tokens, 1, max_new_tokens=16))

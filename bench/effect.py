@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import math
+import platform
 import sys
 import time
 from collections.abc import Iterator
@@ -40,8 +41,9 @@ def where(device: torch.device | None = None) -> dict:
     if device and device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
     else:
-        cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
-        machine = f"{torch.get_num_threads()} threads of {cpu}"
+        info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+        names = [line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")]
+        machine = f"{torch.get_num_threads()} threads of {(names or [platform.processor()])[0]}"
     return {"machine": machine, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
 
 

@@ -42,7 +42,7 @@ def milliseconds(model, tokens: list[int], rosters: int, tau: list[float]) -> fl
     times = []
     watch = lambda *_: times.append(time.perf_counter())
     list(roe.generate(model, tokens[:32], rosters, tau, max_new_tokens=200, temperature=1.0, watch=watch))
-    return 1000 * torch.tensor(times).double().diff().median().item()
+    return 1000 * torch.tensor(times, dtype=torch.float64).diff().median().item()
 
 
 def main() -> None:

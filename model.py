@@ -149,6 +149,19 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(1, 2).reshape(n, T, d))
 
 
+def one_by_one(expert: Tensor, E: int) -> Callable:
+    """How to multiply rows x [M, d_in], sorted by expert [M], each with its own of the weights w [E, d_out, d_in]."""
+    counts = expert.bincount(minlength=E).tolist()
+    return lambda x, w: torch.cat([linear(rows, w[e]) for e, rows in enumerate(x.split(counts)) if len(rows)])
+
+
+def grouped(expert: Tensor, E: int) -> Callable:
+    """The same in one kernel, and without reading a value back. A CPU would spend time on experts without rows, too."""
+    # ends[e]: where the rows of expert e end
+    ends = torch.searchsorted(expert, torch.arange(E, device=expert.device), right=True, out_int32=True)
+    return lambda x, w: F.grouped_mm(x, w.transpose(1, 2), offs=ends)
+
+
 class Experts(nn.Module):
     """E SwiGLU networks, fused into two tensors."""
 
@@ -163,15 +176,7 @@ class Experts(nn.Module):
         (N, k), E = indices.shape, len(self.down_proj)
         # Sorted by expert, all rows of one expert are neighbours: each expert's weights are read once, whatever N is.
         expert, order = indices.flatten().sort(stable=True)
-        if x.device.type == "cpu":  # where F.grouped_mm would spend time on every expert, chosen or not
-            counts = expert.bincount(minlength=E).tolist()
-            multiply = lambda x, w: torch.cat(
-                [linear(rows, w[e]) for e, rows in enumerate(x.split(counts)) if len(rows)]
-            )
-        else:
-            # ends[e]: where the rows of expert e end. Found without reading a value back from the device.
-            ends = torch.searchsorted(expert, torch.arange(E, device=x.device), right=True, out_int32=True)
-            multiply = lambda x, w: F.grouped_mm(x, w.transpose(1, 2), offs=ends)
+        multiply = (one_by_one if x.device.type == "cpu" else grouped)(expert, E)
         gate, up = multiply(x.index_select(0, order // k), self.gate_up_proj).chunk(2, -1)
         y = multiply(F.silu(gate) * up, self.down_proj)
         out = torch.empty_like(y)

@@ -33,7 +33,7 @@ from transformers import DynamicCache, OlmoeConfig, OlmoeForCausalLM, PreTrained
 import roe
 from cache import BranchingCache, SharedCache, StaticCache
 from load import load
-from model import Config, top_k
+from model import Config, grouped, one_by_one, top_k
 
 torch.set_num_threads(1)  # models this small do not gain from more, and lose where the processor is shared
 
@@ -425,6 +425,18 @@ def test_cache_bytes(small):
     assert nbytes(1, "branching") == 4 * 30 * position
     # Layers 0 and 1, up to the first noisy router, hold one row; the prompt but its last token is shared.
     assert nbytes(8, "branching") == (2 * 30 + 2 * (10 + 8 * 20)) * position
+
+
+@pytest.mark.parametrize("dtype, rounding", ((torch.float32, 1e-5), (torch.bfloat16, 2**-8)))
+def test_products_of_experts(dtype, rounding):
+    """Both ways against float64, with experts that get no row, one row, and several."""
+    x, w = torch.randn(6, 16).to(dtype), torch.randn(5, 8, 16).to(dtype)
+    expert = torch.tensor([1, 1, 1, 2, 4, 4])
+    expected = torch.einsum("mi,moi->mo", x.double(), w.double()[expert])
+    for multiply in (one_by_one, grouped):
+        # Sums are made in float32, where 16 products of order 1 are off by 1e-6; bfloat16 rounds them by up to 2^-9.
+        torch.testing.assert_close(multiply(expert, 5)(x, w).double(), expected, rtol=rounding, atol=1e-5)
+    assert torch.backends.mkldnn.enabled
 
 
 def test_static_cache(small):

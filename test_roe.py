@@ -467,7 +467,12 @@ def test_embedded_model_writes_what_it_wrote(embedded):
     seen = []
     watch = lambda cache, *_: seen.append(cache.nbytes)
     text = tokenizer.decode(list(roe.generate(model, tokens, 4, TUNED, max_new_tokens=24, seed=0, watch=watch)))
-    assert " ".join(text.split()) == "def __init__(self, name, value): self.name = name self.value = value"
+    assert text == (
+        "\n            def __init__(self, name, value):"
+        "\n                self.name = name"
+        "\n                self.value = value"
+        "\n           "
+    )
     assert set(seen) == {2 * 6 * (len(tokens) + 23) * 128 * 4}  # keys and values, layers, positions, width, float32
 
 

@@ -64,11 +64,11 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if x.dtype != torch.bfloat16 or x.numel() > x.shape[-1] or x.device.type != "cpu":
         return F.linear(x, weight)
     # For one row PyTorch's own kernel reads the weight at nearly the speed of memory, and oneDNN at half of it.
-    torch.backends.mkldnn.enabled = False
+    enabled, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
     try:
         return F.linear(x, weight)
     finally:
-        torch.backends.mkldnn.enabled = True
+        torch.backends.mkldnn.enabled = enabled
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -63,6 +63,16 @@ def fill(model: nn.Module) -> None:
             p.fill_(1)
 
 
+def timed(step: Callable) -> list[float]:
+    """Seconds of each of STEPS decoding steps, token -> next token, after one that is not counted."""
+    token, times = 1, []
+    for _ in range(STEPS + 1):
+        start = time.perf_counter()
+        token = step(token)
+        times.append(time.perf_counter() - start)
+    return times[1:]
+
+
 class RoE:
     """This project."""
 
@@ -90,14 +100,9 @@ class RoE:
         return cache
 
     def decode(self, n: int, history: int, captured: bool = False) -> list[float]:
-        cache, token, times = self.cache(history, STEPS + 4), 1, []
+        cache = self.cache(history, STEPS + 4)
         self.generator.manual_seed(0)
-        step = self.capture(cache, n) if captured else lambda token: self.step([token], cache, n)
-        for _ in range(STEPS + 1):
-            start = time.perf_counter()
-            token = step(token)
-            times.append(time.perf_counter() - start)
-        return times[1:]
+        return timed(self.capture(cache, n) if captured else lambda token: self.step([token], cache, n))
 
     @torch.inference_mode()
     def capture(self, cache: SharedCache, n: int) -> Callable:
@@ -122,12 +127,13 @@ class RoE:
 
     def prompt(self, n: int, length: int, captured: bool = False) -> list[float]:  # a prompt never is
         tokens = torch.randint(self.model.config.vocab_size, (length,)).tolist()
+        cache = self.cache(0, length)  # filled, which is not part of reading a prompt
         start = time.perf_counter()
-        self.step(tokens, self.cache(0, length), n)
+        self.step(tokens, cache, n)
         return [time.perf_counter() - start]
 
     def cache_bytes(self, n: int, history: int) -> int:
-        return self.cache(0, history).nbytes
+        return SharedCache(self.model.config, history, self.model.dtype, "meta").nbytes
 
     def floor_bytes(self, n: int, history: int) -> float:
         """Bytes that a decoding step reads, the mean over STEPS of them."""
@@ -140,7 +146,7 @@ class RoE:
         expert = sum(p[0].nbytes for p in experts[0].parameters())
         others = [p for name, p in self.model.named_parameters() if ".experts." not in name and "embed" not in name]
         weights = expert * sum(touched) / (STEPS + 1) + sum(p.nbytes for p in others)
-        return weights + self.cache(0, history).nbytes
+        return weights + self.cache_bytes(n, history)
 
     def bandwidth(self) -> float:
         """Bytes per second of a plain sum over the experts' weights."""
@@ -195,13 +201,9 @@ class Transformers:
 
     def decode(self, n: int, history: int, implementation: str) -> list[float]:
         self.use(n, implementation)
-        cache, token, times = self.cache(n, history), 1, []
+        cache = self.cache(n, history)
         self.generator.manual_seed(0)
-        for _ in range(STEPS + 1):
-            start = time.perf_counter()
-            token = self.step([token], cache, n)
-            times.append(time.perf_counter() - start)
-        return times[1:]
+        return timed(lambda token: self.step([token], cache, n))
 
     def prompt(self, n: int, length: int, implementation: str) -> list[float]:
         self.use(n, implementation)

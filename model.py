@@ -96,22 +96,32 @@ def attend(
     Returns:
         [n, H, T, D]
     """
-    (n, H, T, D), (_, Hk, S, _) = q.shape, shared_k.shape
+    (n, H, T, D), (_, Hk, S, _), cpu = q.shape, shared_k.shape, q.device.type == "cpu"
     if T > 1:
         visible = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     if own_k is None:
         causal = 1 < T == S  # spelled out, since kernels then skip what is not visible
         visible = None if causal else visible
-        return F.scaled_dot_product_attention(q, shared_k, shared_v, visible, is_causal=causal, enable_gqa=H > Hk)
-    q = q.view(n, Hk, H // Hk, T, D) * D**-0.5
-    # The sum over h folds the rows into the query axis: the shared history is read once, and never copied n times.
-    shared = torch.einsum("nhgtd,hsd->nhgts", q, shared_k[0])
-    if visible is not None:
-        shared = shared.masked_fill(~visible, -torch.inf)
-    own = torch.einsum("nhgtd,nhtcd->nhgtc", q, own_k)
+        if cpu and T == 1:
+            q = q.expand(-1, -1, 2, -1)  # PyTorch's CPU kernel takes twice as long for one query as for two
+        out = F.scaled_dot_product_attention(q, shared_k, shared_v, visible, is_causal=causal, enable_gqa=H > Hk)
+        return out[:, :, :T]
+    q = q.view(n, Hk, H // Hk, T, D)
+    own = torch.einsum("nhgtd,nhtcd->nhgtc", q, own_k) * D**-0.5
+    if fused := cpu and visible is None and S > 0:
+        # The rows become queries of one sequence. The kernel also returns the logarithms of its softmaxes' sums, with
+        # which the whole history counts as one position, of the value `mean`.
+        rows = q.transpose(0, 1).reshape(1, Hk, -1, D)
+        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(rows, shared_k, shared_v)
+        mean, shared = (part.reshape(Hk, n, H // Hk, 1, -1).transpose(0, 1) for part in parts)
+    else:
+        # The sum over h folds the rows into the query axis: the shared history is read once, and never copied n times.
+        shared = torch.einsum("nhgtd,hsd->nhgts", q, shared_k[0]) * D**-0.5
+        shared = shared if visible is None else shared.masked_fill(~visible, -torch.inf)
     probs = torch.cat((shared, own), -1).softmax(-1, dtype=torch.float32).to(q.dtype)
-    out = torch.einsum("nhgts,hsd->nhgtd", probs[..., :S], shared_v[0])
-    out += torch.einsum("nhgtc,nhtcd->nhgtd", probs[..., S:], own_v)
+    of_shared, of_own = probs.split((shared.shape[-1], own.shape[-1]), -1)
+    out = of_shared * mean if fused else torch.einsum("nhgts,hsd->nhgtd", of_shared, shared_v[0])
+    out += torch.einsum("nhgtc,nhtcd->nhgtd", of_own, own_v)
     return out.reshape(n, H, T, D)
 
 

@@ -6,6 +6,7 @@ is checked before the first weight is read. Pickle files are never opened.
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from model import Config, OLMoE
+from model import Config, OLMoE, StackedExperts, pack
 
 EMBEDDED = Path(__file__).parent / "tiny"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -29,7 +30,8 @@ def load(source: str | Path | None = None, device: str = "auto", dtype: str = "a
         dtype: "bfloat16", "float16" or "float32"; "auto": as the weights are stored.
 
     Returns:
-        model (`OLMoE`, without gradients) and tokenizer (`tokenizers.Tokenizer`).
+        model (`OLMoE`, without gradients; in bfloat16 on a CPU its large matrices are packed, see `model.pack`) and
+        tokenizer (`tokenizers.Tokenizer`).
 
     Raises:
         FileNotFoundError: a file, a directory or a hub id that is not there.
@@ -43,17 +45,22 @@ def load(source: str | Path | None = None, device: str = "auto", dtype: str = "a
     stored = {name: tensor for file in files for name, tensor in read_header(file).items()}
     with torch.device("meta"):
         model = OLMoE(config).requires_grad_(False)
-    fused = any(name.endswith(".experts.down_proj") for name in stored)
-    check_tensors(path, stored, tensor_places(model, fused))
-    model = model.to(pick_dtype(dtype, stored)).to_empty(device=pick_device(device))
-    places = tensor_places(model, fused)
+    check_tensors(path, stored, model)
+    dtype, device = pick_dtype(dtype, stored), pick_device(device)
+    state = {}
     with tqdm(total=len(stored), desc="loading", unit="tensor", leave=False, delay=1, disable=None) as progress:
         for file in files:
             # Pages of a memory-mapped file would count as resident: reading needs the model plus one tensor.
             with safe_open(file, "pt", backend="pread") as shard:
-                for name in shard.keys():
-                    places[name].copy_(shard.get_tensor(name))
+                for key in shard.keys():
+                    for name, tensor in one_by_one(key, shard.get_tensor(key)):
+                        tensor = tensor.to(device, dtype)
+                        state[name.removeprefix("model.")] = tensor if "embed" in name else pack(tensor)
                     progress.update()
+    model.load_state_dict(state, assign=True)
+    if device.type == "cuda":
+        for layer in model.layers:
+            layer.mlp.experts = StackedExperts(layer.mlp.experts)
     return model, tokenizer
 
 
@@ -183,26 +190,28 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"device {name} cannot be used, try cpu: {reason}") from error
 
 
-def tensor_places(model: OLMoE, fused: bool) -> dict[str, torch.Tensor]:
-    """{name in the checkpoint: the part of a parameter that it fills}, for experts fused as [E, ...] or one by one."""
-    places = {}
-    for name, parameter in model.named_parameters():
-        name = name if name == "lm_head.weight" else f"model.{name}"
-        if fused or ".experts." not in name:
-            places[name] = parameter
-            continue
-        prefix, fused_name = name.rsplit(".", 1)
-        parts = fused_name.removesuffix("_proj").split("_")  # gate and up share a tensor, down has its own
-        for e, expert in enumerate(parameter):
-            for part, place in zip(parts, expert.chunk(len(parts))):
-                places[f"{prefix}.{e}.{part}_proj.weight"] = place
-    return places
+def stored_name(name: str) -> str:
+    """A parameter's name in a checkpoint."""
+    return name if name == "lm_head.weight" else f"model.{name}"
 
 
-def check_tensors(path: Path, stored: dict, places: dict) -> None:
-    """Raises ValueError unless the tensors stored are exactly those that the model has places for."""
-    want = {name: tuple(place.shape) for name, place in places.items()}
-    have = {name: shape for name, (shape, _) in stored.items()}
+def one_by_one(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """A tensor of a checkpoint as it is or, if it holds all experts of a layer fused as [E, ...], those of each."""
+    prefix, _, fused = name.rpartition(".")
+    if not prefix.endswith(".experts") or tensor.dim() != 3:
+        yield name, tensor
+        return
+    parts = fused.removesuffix("_proj").split("_")  # gate and up share a tensor, down has its own
+    for e, expert in enumerate(tensor):
+        for part, weight in zip(parts, expert.chunk(len(parts))):
+            yield f"{prefix}.{e}.{part}_proj.weight", weight
+
+
+def check_tensors(path: Path, stored: dict, model: OLMoE) -> None:
+    """Raises ValueError unless the tensors stored, {name: (shape, dtype)}, are exactly those that the model needs."""
+    want = {stored_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    meta = (one_by_one(name, torch.empty(shape, device="meta")) for name, (shape, _) in stored.items())
+    have = {name: tuple(tensor.shape) for tensors in meta for name, tensor in tensors}
     for problem, names in (
         ("missing", [name for name in want if name not in have]),
         ("unexpected", [name for name in have if name not in want]),

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+PACKS = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # see `pack`
+
 
 @dataclass
 class Config:
@@ -60,15 +62,28 @@ def top_k(config: Config, logits: Tensor, selection: Tensor | None = None) -> tu
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., d_in] times the transpose of weight [d_out, d_in]."""
+    """x [..., d_in] times the transpose of weight [d_out, d_in], packed or not."""
+    if weight.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
     if x.dtype != torch.bfloat16 or x.numel() > x.shape[-1] or x.device.type != "cpu":
         return F.linear(x, weight)
-    # For one row PyTorch's own kernel reads the weight at nearly the speed of memory, and oneDNN at half of it.
+    # For one row oneDNN takes longer to start than PyTorch's own kernel takes in all.
     enabled, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
     try:
         return F.linear(x, weight)
     finally:
         torch.backends.mkldnn.enabled = enabled
+
+
+def pack(weight: Tensor) -> Tensor:
+    """Arranges a weight of `linear` as CPUs multiply it in bfloat16; others, and small ones, stay as they are.
+
+    Otherwise oneDNN does so again for every product, which takes longer than the product itself if that has few rows.
+    `to_dense` undoes it.
+    """
+    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or weight.numel() < 2**20 or not PACKS:
+        return weight
+    return torch.ops.mkldnn._reorder_linear_weight(weight, 1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -159,39 +174,42 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(1, 2).reshape(n, T, d))
 
 
-def one_by_one(expert: Tensor, E: int) -> Callable:
-    """How to multiply rows x [M, d_in], sorted by expert [M], each with its own of the weights w [E, d_out, d_in]."""
-    counts = expert.bincount(minlength=E).tolist()
-    return lambda x, w: torch.cat([linear(rows, w[e]) for e, rows in enumerate(x.split(counts)) if len(rows)])
-
-
-def grouped(expert: Tensor, E: int) -> Callable:
-    """The same in one kernel, and without reading a value back. A CPU would spend time on experts without rows, too."""
-    # ends[e]: where the rows of expert e end
-    ends = torch.searchsorted(expert, torch.arange(E, device=expert.device), right=True, out_int32=True)
-    return lambda x, w: F.grouped_mm(x, w.transpose(1, 2), offs=ends)
-
-
-class Experts(nn.Module):
-    """E SwiGLU networks, fused into two tensors."""
+class Expert(nn.Module):
+    """A SwiGLU network."""
 
     def __init__(self, config: Config):
         super().__init__()
-        E, d, I = config.num_experts, config.hidden_size, config.intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * I, d))
-        self.down_proj = nn.Parameter(torch.empty(E, d, I))
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-        """For every row x [N, d]: the sum of its k experts' outputs; weights and indices are [N, k]."""
-        (N, k), E = indices.shape, len(self.down_proj)
-        # Sorted by expert, all rows of one expert are neighbours: each expert's weights are read once, whatever N is.
-        expert, order = indices.flatten().sort(stable=True)
-        multiply = (one_by_one if x.device.type == "cpu" else grouped)(expert, E)
-        gate, up = multiply(x.index_select(0, order // k), self.gate_up_proj).chunk(2, -1)
-        y = multiply(F.silu(gate) * up, self.down_proj)
-        out = torch.empty_like(y)
-        out[order] = y
-        return (out.view(N, k, -1) * weights.to(x.dtype).unsqueeze(-1)).sum(1)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Experts(nn.ModuleList):
+    """E networks; x [M, d] are rows sorted by expert, and expert [M] says whose they are."""
+
+    def forward(self, x: Tensor, expert: Tensor) -> Tensor:
+        counts = expert.bincount(minlength=len(self)).tolist()
+        return torch.cat([self[e](rows) for e, rows in enumerate(x.split(counts)) if len(rows)])
+
+
+class StackedExperts(nn.Module):
+    """`Experts` in two tensors, for GPUs: two products for all of them, and no value is read back from the device."""
+
+    def __init__(self, experts: Experts):
+        super().__init__()
+        gate_up = torch.stack([torch.cat((e.gate_proj.weight, e.up_proj.weight)) for e in experts])
+        self.gate_up_proj = nn.Parameter(gate_up, requires_grad=False)
+        self.down_proj = nn.Parameter(torch.stack([e.down_proj.weight for e in experts]), requires_grad=False)
+
+    def forward(self, x: Tensor, expert: Tensor) -> Tensor:
+        # ends[e]: where the rows of expert e end
+        ends = torch.arange(len(self.down_proj), device=x.device)
+        ends = torch.searchsorted(expert, ends, right=True, out_int32=True)
+        gate, up = F.grouped_mm(x, self.gate_up_proj.transpose(1, 2), offs=ends).chunk(2, -1)
+        return F.grouped_mm(F.silu(gate) * up, self.down_proj.transpose(1, 2), offs=ends)
 
 
 class MoE(nn.Module):
@@ -199,13 +217,18 @@ class MoE(nn.Module):
         super().__init__()
         self.layer = layer
         self.gate = Linear(config.hidden_size, config.num_experts)  # the router
-        self.experts = Experts(config)
+        self.experts = Experts(Expert(config) for _ in range(config.num_experts))
 
     def forward(self, x: Tensor, route: Callable) -> Tensor:
         weights, indices = route(self.layer, self.gate(x))
-        rows, T, _ = indices.shape  # as many rows as x has, or more: the path branches here
+        rows, T, k = indices.shape  # as many rows as x has, or more: the path branches here
         x = x.expand(rows, -1, -1).flatten(0, 1)
-        return self.experts(x, weights.flatten(0, 1), indices.flatten(0, 1)).view(rows, T, -1)
+        # Sorted by expert, all that goes to one expert is together: its weights are read once, however much it is.
+        expert, order = indices.flatten().sort(stable=True)
+        y = self.experts(x.index_select(0, order // k), expert)
+        out = torch.empty_like(y)
+        out[order] = y
+        return (out.view(rows, T, k, -1) * weights.to(x.dtype).unsqueeze(-1)).sum(2)
 
 
 class Layer(nn.Module):
@@ -225,7 +248,7 @@ class OLMoE(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        # From an empty tensor, since drawing numbers on the meta device, as `load` would, imports torch's compiler: 1.4 s.
+        # From an empty tensor: drawing numbers, on the meta device as in `load`, imports torch's compiler for 1.4 s.
         embedding = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(embedding, freeze=False)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
@@ -267,5 +290,5 @@ class OLMoE(nn.Module):
         Returns:
             logits [rows, T, vocab_size], as many rows as the last route returned.
         """
-        head = self.lm_head or self.embed_tokens
-        return linear(self.norm(self.hidden(tokens, cache, route)), head.weight)
+        x = self.norm(self.hidden(tokens, cache, route))
+        return self.lm_head(x) if self.lm_head else F.linear(x, self.embed_tokens.weight)

@@ -33,7 +33,7 @@ from transformers import DynamicCache, OlmoeConfig, OlmoeForCausalLM, PreTrained
 import roe
 from cache import BranchingCache, SharedCache, StaticCache
 from load import load
-from model import Config, grouped, one_by_one, top_k
+from model import PACKS, Config, Expert, Experts, StackedExperts, linear, top_k
 
 torch.set_num_threads(1)  # models this small do not gain from more, and lose where the processor is shared
 
@@ -90,6 +90,21 @@ def save(path, dtype=torch.float32, changes=None, **how):
     return hf
 
 
+def unfused(hf):
+    """{name: weight} of transformers' model, which fuses the experts of a layer; named as the published ones are."""
+    weights = {}
+    for name, tensor in hf.state_dict().items():
+        prefix, _, last = name.removeprefix("model.").rpartition(".")
+        if last == "gate_up_proj":
+            for e, (gate, up) in enumerate(expert.chunk(2) for expert in tensor):
+                weights |= {f"{prefix}.{e}.gate_proj.weight": gate, f"{prefix}.{e}.up_proj.weight": up}
+        elif last == "down_proj":
+            weights |= {f"{prefix}.{e}.down_proj.weight": down for e, down in enumerate(tensor)}
+        else:
+            weights[name.removeprefix("model.")] = tensor
+    return weights
+
+
 def random_tokens(count, seed=1):
     return torch.randint(256, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
@@ -134,10 +149,27 @@ def test_weights_load_exactly(tmp_path, layout, dtype):
     assert (tmp_path / INDEX).exists() == ("sharded" in layout)
     model, tokenizer = load(tmp_path, "cpu")
     assert model.dtype == dtype and tokenizer.get_vocab_size() == 256
-    expected = {name.removeprefix("model."): tensor for name, tensor in hf.state_dict().items()}
+    expected = unfused(hf)
     assert model.state_dict().keys() == expected.keys()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.skipif(not PACKS, reason="oneDNN does not multiply bfloat16 on this processor")
+@torch.inference_mode()
+def test_packed_weights(tmp_path):
+    """The large matrices of a bfloat16 model are packed as they are read: the same numbers, and the same products."""
+    hf = save(tmp_path, torch.bfloat16, {"hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 1})
+    model, _ = load(tmp_path, "cpu")
+    packed = {name: weight for name, weight in model.state_dict().items() if weight.is_mkldnn}
+    assert len(packed) == 4 + 3 * 8 and not any(w.is_mkldnn for w in load(tmp_path, "cpu", "float32")[0].parameters())
+    for name, weight in unfused(hf).items():
+        assert torch.equal(packed[name].to_dense() if name in packed else model.state_dict()[name], weight), name
+    for rows in (1, 3, 40):
+        x, weight = torch.randn(rows, 1024).bfloat16(), model.layers[0].mlp.experts[5].up_proj.weight
+        exact = x.double() @ weight.to_dense().double().T
+        # Sums of 1,024 products of order 0.2 are made in float32, and then rounded by up to 2^-9.
+        torch.testing.assert_close(linear(x, weight).double(), exact, rtol=2**-8, atol=1e-4)
 
 
 def test_config_of_the_first_release(small, tmp_path):
@@ -427,15 +459,19 @@ def test_cache_bytes(small):
     assert nbytes(8, "branching") == (2 * 30 + 2 * (10 + 8 * 20)) * position
 
 
-@pytest.mark.parametrize("dtype, rounding", ((torch.float32, 1e-5), (torch.bfloat16, 2**-8)))
-def test_products_of_experts(dtype, rounding):
-    """Both ways against float64, with experts that get no row, one row, and several."""
-    x, w = torch.randn(6, 16).to(dtype), torch.randn(5, 8, 16).to(dtype)
-    expert = torch.tensor([1, 1, 1, 2, 4, 4])
-    expected = torch.einsum("mi,moi->mo", x.double(), w.double()[expert])
-    for multiply in (one_by_one, grouped):
-        # Sums are made in float32, where 16 products of order 1 are off by 1e-6; bfloat16 rounds them by up to 2^-9.
-        torch.testing.assert_close(multiply(expert, 5)(x, w).double(), expected, rtol=rounding, atol=1e-5)
+@pytest.mark.parametrize("dtype, atol", ((torch.float32, 1e-6), (torch.bfloat16, 3e-3)))
+@torch.inference_mode()
+def test_experts(dtype, atol):
+    """As CPUs and as GPUs compute them, against float64, with experts that get no row, one row, and several."""
+    torch.manual_seed(0)
+    experts = Experts(Expert(Config(0, 64, 48, 1, 1, 1, 5, 1, 0)) for _ in range(5)).to(dtype)
+    x, expert = torch.randn(6, 64).to(dtype), torch.tensor([1, 1, 1, 2, 4, 4])
+    exact = copy.deepcopy(experts).double()
+    expected = torch.stack([exact[e](row) for e, row in zip(expert, x.double(), strict=True)])
+    for computed in (experts(x, expert), StackedExperts(experts)(x, expert)):
+        # bfloat16 rounds four times on the way to a sum of 48 terms of order 0.02, each time by up to 2^-9: some 5e-4
+        # of order 0.1, and more in the worst of 384.
+        torch.testing.assert_close(computed.double(), expected, rtol=0, atol=atol)
     assert torch.backends.mkldnn.enabled
 
 
@@ -456,7 +492,10 @@ def test_static_cache(small):
 
     static.k, static.v = (t.to("meta", torch.bfloat16) for t in (static.k, static.v))
     static.length = static.length.to("meta")
-    model = copy.deepcopy(small.model).to("meta", torch.bfloat16)
+    model = copy.deepcopy(small.model)
+    for layer in model.layers:
+        layer.mlp.experts = StackedExperts(layer.mlp.experts)
+    model = model.to("meta", torch.bfloat16)
     route = lambda layer, logits: top_k(model.config, logits.expand(n, -1, -1))
     assert model(torch.zeros(1, 1, dtype=torch.long, device="meta"), static, route).shape == (n, 1, SMALL["vocab_size"])
 

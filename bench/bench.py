@@ -16,6 +16,7 @@ Prints a table and appends one JSON object per result to bench/results/bench.jso
 """
 
 import argparse
+import functools
 import itertools
 import json
 import re
@@ -35,8 +36,8 @@ from torch import nn
 
 import roe
 from cache import SharedCache, StaticCache
-from load import load, tensor_places
-from model import Config, OLMoE
+from load import load, stored_name
+from model import Config, Linear, OLMoE, StackedExperts, pack
 
 OLMOE = {  # allenai/OLMoE-1B-7B
     "vocab_size": 50304,
@@ -63,6 +64,15 @@ def fill(model: nn.Module) -> None:
             p.fill_(1)
 
 
+def prepare(model: OLMoE) -> None:
+    """As `load` leaves a model."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.weight = nn.Parameter(pack(module.weight), requires_grad=False)
+    for layer in model.layers if model.device.type == "cuda" else ():
+        layer.mlp.experts = StackedExperts(layer.mlp.experts)
+
+
 def timed(step: Callable) -> list[float]:
     """Seconds of each of STEPS decoding steps, token -> next token, after one that is not counted."""
     token, times = 1, []
@@ -83,6 +93,7 @@ class RoE:
                 self.model = OLMoE(config)
             self.model = self.model.to(getattr(torch, args.dtype)).to_empty(device=args.device)
             fill(self.model)
+            prepare(self.model)
         else:
             self.model, _ = load(None, args.device, args.dtype)
         self.tau = roe.temperatures(self.model.config, TAU)
@@ -139,21 +150,26 @@ class RoE:
         """Bytes that a decoding step reads, the mean over STEPS of them."""
         touched = []  # experts
         experts = [layer.mlp.experts for layer in self.model.layers]
-        hooks = [e.register_forward_pre_hook(lambda _, args: touched.append(args[2].unique().numel())) for e in experts]
+        hooks = [e.register_forward_pre_hook(lambda _, args: touched.append(args[1].unique().numel())) for e in experts]
         self.decode(n, history)
         for hook in hooks:
             hook.remove()
-        expert = sum(p[0].nbytes for p in experts[0].parameters())
+        config = self.model.config
+        count = 3 * config.hidden_size * config.intermediate_size * sum(touched) / (STEPS + 1)
         others = [p for name, p in self.model.named_parameters() if ".experts." not in name and "embed" not in name]
-        weights = expert * sum(touched) / (STEPS + 1) + sum(p.nbytes for p in others)
-        return weights + self.cache_bytes(n, history)
+        count += sum(p.numel() for p in others)
+        return count * self.model.dtype.itemsize + self.cache_bytes(n, history)
+
+    @functools.cached_property
+    def numbers(self) -> torch.Tensor:
+        return torch.randn(2**28, device=self.model.device)
 
     def bandwidth(self) -> float:
-        """Bytes per second of a plain sum over the experts' weights."""
-        weights = [layer.mlp.experts.gate_up_proj.view(torch.float32) for layer in self.model.layers]
+        """Bytes per second of a plain sum over a gibibyte."""
+        numbers = self.numbers
         start = time.perf_counter()
-        torch.stack([weight.sum() for weight in weights]).sum().item()
-        return sum(weight.nbytes for weight in weights) / (time.perf_counter() - start)
+        numbers.sum().item()
+        return numbers.nbytes / (time.perf_counter() - start)
 
 
 class Transformers:
@@ -267,15 +283,19 @@ def write_gguf(model: OLMoE, path: str) -> None:
     writer.add_token_types([gguf.TokenType.NORMAL] * config.vocab_size)
     writer.add_token_merges(["t 1"])
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.OLMOE, config.num_hidden_layers)
-    for place, tensor in tensor_places(model, fused=True).items():
-        gate_up = place.endswith(".gate_up_proj")
-        for part, piece in zip(("gate", "up"), tensor.chunk(2, 1), strict=True) if gate_up else [("", tensor)]:
-            name = names.get_name(place.replace("gate_up", part) + ".weight" * (".experts." in place), (".weight",))
-            if piece.dim() == 1 or place.endswith(".gate.weight"):  # norms and routers must be float32
-                writer.add_tensor(name, piece.float().numpy())
-            else:
-                data = piece.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
-                writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType.BF16)
+    plain = lambda weight: weight.to_dense() if weight.is_mkldnn else weight
+    weights = {stored_name(name): weight for name, weight in model.named_parameters() if ".experts." not in name}
+    for i, layer in enumerate(model.layers):
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            stacked = torch.stack([plain(expert.get_submodule(part).weight) for expert in layer.mlp.experts])
+            weights[f"model.layers.{i}.mlp.experts.{part}.weight"] = stacked
+    for place, weight in weights.items():
+        name = names.get_name(place, (".weight",))
+        if weight.dim() == 1 or place.endswith(".gate.weight"):  # norms and routers must be float32
+            writer.add_tensor(name, weight.float().numpy())
+        else:
+            data = plain(weight).to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
+            writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType.BF16)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -27,7 +27,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model as olmoe
-from load import tensor_places
+from load import stored_name
 
 config = olmoe.Config(
     vocab_size=4096,
@@ -113,25 +113,12 @@ def batches(documents: list[torch.Tensor]):
         yield from rows[: len(rows) // batch_size * batch_size].split(batch_size)
 
 
-def experts_forward(self, x, weights, indices):
-    """olmoe.Experts.forward with a fast backward on CPUs: one matrix product per expert, and no indexing by x[...]."""
-    (N, k), E = indices.shape, len(self.down_proj)
-    expert, order = indices.flatten().sort(stable=True)
-    parts = x.index_select(0, order // k).split(expert.bincount(minlength=E).tolist())
-    outputs = []
-    for part, gate_up, down in zip(parts, self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True):
-        gate, up = F.linear(part, gate_up).chunk(2, -1)
-        outputs.append(F.linear(F.silu(gate) * up, down))
-    y = torch.cat(outputs).index_select(0, order.argsort()).view(N, k, -1)
-    return (y * weights.to(y.dtype).unsqueeze(-1)).sum(1)
-
-
 def initialise(model: olmoe.OLMoE):
     """Normal weights of deviation 0.02; the norms are ones already."""
     for name, weight in model.named_parameters():
         if weight.dim() > 1:
             # The residual stream sums the outputs of 2 L blocks: smaller ones keep its variance near that of one.
-            blocks = 2 * config.num_hidden_layers if name.endswith(("o_proj.weight", "down_proj")) else 1
+            blocks = 2 * config.num_hidden_layers if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
             nn.init.normal_(weight, std=0.02 / blocks**0.5)
 
 
@@ -165,25 +152,18 @@ def evaluate(model: olmoe.OLMoE, rows: torch.Tensor) -> float:
 
 
 def optimizers(model: olmoe.OLMoE) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, one for each expert; AdamW for the norms, the embedding and the head."""
+    """Muon for the matrices of the layers; AdamW for the norms, the embedding and the head."""
     inner = [p for name, p in model.named_parameters() if name.startswith("layers.") and p.dim() > 1]
-    matrices = []
-    for p in inner:
-        p.grad = torch.zeros_like(p)  # filled in place from now on: Muon's matrices are views
-        for matrix, grad in zip(*(t.view(-1, *p.shape[-2:]) for t in (p.detach(), p.grad)), strict=True):
-            matrix.grad = grad
-            matrices.append(matrix)
     norms = [p for p in model.parameters() if p.dim() == 1]
     outer = [p for name, p in model.named_parameters() if not name.startswith("layers.") and p.dim() > 1]
     groups = [{"params": outer, "weight_decay": weight_decay}, {"params": norms, "weight_decay": 0.0}]
-    muon = torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(inner, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     return [muon, torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)]
 
 
 def save(model: olmoe.OLMoE, path: Path):
     """Writes bfloat16 weights under the names of OLMoE's published checkpoints, or leaves the old file as it was."""
-    places = tensor_places(model, fused=False)
-    tensors = {name: t.detach().to("cpu", torch.bfloat16, copy=True).contiguous() for name, t in places.items()}
+    tensors = {stored_name(name): p.detach().to("cpu", torch.bfloat16) for name, p in model.named_parameters()}
     save_file(tensors, path.with_suffix(".tmp"), metadata={"format": "pt"})
     os.replace(path.with_suffix(".tmp"), path)
 
@@ -227,7 +207,6 @@ def main():
 
     model = olmoe.OLMoE(config).to(device)
     initialise(model)
-    olmoe.Experts.forward = experts_forward
     steppers = optimizers(model)
 
     log = open(args.output / "log.txt", "w", buffering=1)
@@ -252,7 +231,7 @@ def main():
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for stepper in steppers:
             stepper.step()
-        model.zero_grad(set_to_none=False)
+        model.zero_grad()
 
         tokens += batch[:, 1:].numel()
         recent.append(loss.item())

@@ -65,9 +65,9 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., d_in] times the transpose of weight [d_out, d_in], packed or not."""
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
-    if x.dtype != torch.bfloat16 or x.numel() > x.shape[-1] or x.device.type != "cpu":
+    if x.dtype != torch.bfloat16 or x.numel() * len(weight) > 2**18 or x.device.type != "cpu":
         return F.linear(x, weight)
-    # For one row oneDNN takes longer to start than PyTorch's own kernel takes in all.
+    # Small products take oneDNN longer to start than PyTorch's own kernel takes in all.
     enabled, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
     try:
         return F.linear(x, weight)

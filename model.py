@@ -225,10 +225,8 @@ class MoE(nn.Module):
         x = x.expand(rows, -1, -1).flatten(0, 1)
         # Sorted by expert, all that goes to one expert is together: its weights are read once, however much it is.
         expert, order = indices.flatten().sort(stable=True)
-        y = self.experts(x.index_select(0, order // k), expert)
-        out = torch.empty_like(y)
-        out[order] = y
-        return (out.view(rows, T, k, -1) * weights.to(x.dtype).unsqueeze(-1)).sum(2)
+        y = self.experts(x.index_select(0, order // k), expert).index_select(0, order.argsort())
+        return (weights.to(x.dtype).unsqueeze(2) @ y.view(rows, T, k, -1)).squeeze(2)
 
 
 class Layer(nn.Module):

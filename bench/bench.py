@@ -184,7 +184,7 @@ class Transformers:
             with torch.device("meta"):
                 model = OlmoeForCausalLM(config)
             model = model.to(dtype).to_empty(device=args.device)
-            model.model.rotary_emb = type(model.model.rotary_emb)(config, device=args.device)  # not a weight
+            model.model.rotary_emb = type(model.model.rotary_emb)(config).to(args.device)  # its buffers are not weights
             fill(model)
         else:
             model = OlmoeForCausalLM.from_pretrained(ROOT / "tiny", dtype=dtype).to(args.device)
@@ -317,6 +317,7 @@ class Child:
         command = [sys.executable, __file__, "--serve", system, "--layers", str(args.layers)]
         command += ["--device", args.device, "--dtype", args.dtype]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process.stdout.readline()  # it is ready
 
     def ask(self, method: str, **arguments):
         print(json.dumps([method, arguments]), file=self.process.stdin, flush=True)
@@ -330,6 +331,7 @@ class Child:
 def serve(args: argparse.Namespace) -> None:
     """The child's side."""
     system = SYSTEMS[args.serve](args)
+    print("ready", flush=True)
     for line in sys.stdin:
         method, arguments = json.loads(line)
         if method == "peak":

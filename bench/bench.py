@@ -50,7 +50,6 @@ OLMOE = {  # allenai/OLMoE-1B-7B
     "max_position_embeddings": 4096,
 }
 TAU = 0.3
-STEPS = 8  # decoding steps in a repeat
 
 
 def fill(model: nn.Module) -> None:
@@ -73,14 +72,19 @@ def prepare(model: OLMoE) -> None:
         layer.mlp.experts = StackedExperts(layer.mlp.experts)
 
 
-def timed(step: Callable) -> list[float]:
-    """Seconds of each of STEPS decoding steps, token -> next token, after one that is not counted."""
+def steps(args: argparse.Namespace) -> int:
+    """Decoding steps in a repeat."""
+    return 8 if args.layers else 64
+
+
+def timed(step: Callable, steps: int) -> list[float]:
+    """Seconds of each decoding step, token -> next token, after as many that are not counted: a pause slows some."""
     token, times = 1, []
-    for _ in range(STEPS + 1):
+    for _ in range(2 * steps):
         start = time.perf_counter()
         token = step(token)
         times.append(time.perf_counter() - start)
-    return times[1:]
+    return times[steps:]
 
 
 class RoE:
@@ -96,7 +100,7 @@ class RoE:
             prepare(self.model)
         else:
             self.model, _ = load(None, args.device, args.dtype)
-        self.tau = roe.temperatures(self.model.config, TAU)
+        self.tau, self.steps = roe.temperatures(self.model.config, TAU), steps(args)
         self.generator = torch.Generator(self.model.device)
 
     def step(self, tokens: list[int], cache: SharedCache, n: int) -> int:
@@ -111,9 +115,10 @@ class RoE:
         return cache
 
     def decode(self, n: int, history: int, captured: bool = False) -> list[float]:
-        cache = self.cache(history, STEPS + 4)
+        cache = self.cache(history, 2 * self.steps + 3)  # 3 more to warm up a capture
         self.generator.manual_seed(0)
-        return timed(self.capture(cache, n) if captured else lambda token: self.step([token], cache, n))
+        step = self.capture(cache, n) if captured else lambda token: self.step([token], cache, n)
+        return timed(step, self.steps)
 
     @torch.inference_mode()
     def capture(self, cache: SharedCache, n: int) -> Callable:
@@ -138,6 +143,7 @@ class RoE:
 
     def prompt(self, n: int, length: int, captured: bool = False) -> list[float]:  # a prompt never is
         tokens = torch.randint(self.model.config.vocab_size, (length,)).tolist()
+        self.step(tokens[:32], self.cache(0, 32), n)
         cache = self.cache(0, length)  # filled, which is not part of reading a prompt
         start = time.perf_counter()
         self.step(tokens, cache, n)
@@ -147,7 +153,7 @@ class RoE:
         return SharedCache(self.model.config, history, self.model.dtype, "meta").nbytes
 
     def floor_bytes(self, n: int, history: int) -> float:
-        """Bytes that a decoding step reads, the mean over STEPS of them."""
+        """Bytes that a decoding step reads, on average."""
         touched = []  # experts
         experts = [layer.mlp.experts for layer in self.model.layers]
         hooks = [e.register_forward_pre_hook(lambda _, args: touched.append(args[1].unique().numel())) for e in experts]
@@ -155,7 +161,7 @@ class RoE:
         for hook in hooks:
             hook.remove()
         config = self.model.config
-        count = 3 * config.hidden_size * config.intermediate_size * sum(touched) / (STEPS + 1)
+        count = 3 * config.hidden_size * config.intermediate_size * sum(touched) / (2 * self.steps)
         others = [p for name, p in self.model.named_parameters() if ".experts." not in name and "embed" not in name]
         count += sum(p.numel() for p in others)
         return count * self.model.dtype.itemsize + self.cache_bytes(n, history)
@@ -188,7 +194,7 @@ class Transformers:
             fill(model)
         else:
             model = OlmoeForCausalLM.from_pretrained(ROOT / "tiny", dtype=dtype).to(args.device)
-        self.model = model.eval()
+        self.model, self.steps = model.eval(), steps(args)
         self.generator = torch.Generator(args.device)
         self.naive = {}
         exec(re.search(r"```python\n(import math.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1], self.naive)
@@ -219,11 +225,12 @@ class Transformers:
         self.use(n, implementation)
         cache = self.cache(n, history)
         self.generator.manual_seed(0)
-        return timed(lambda token: self.step([token], cache, n))
+        return timed(lambda token: self.step([token], cache, n), self.steps)
 
     def prompt(self, n: int, length: int, implementation: str) -> list[float]:
         self.use(n, implementation)
         tokens = torch.randint(self.model.config.vocab_size, (length,)).tolist()
+        self.step(tokens[:32], self.cache(n, 0), n)
         start = time.perf_counter()
         self.step(tokens, self.cache(n, 0), n)
         return [time.perf_counter() - start]
@@ -245,7 +252,7 @@ class LlamaCpp:
         params.model.path, params.n_parallel, params.n_ctx = self.file.name, 1, model.config.max_position_embeddings
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
         params.verbosity = -1
-        self.vocab_size = model.config.vocab_size
+        self.vocab_size, self.steps = model.config.vocab_size, steps(args)
         del model
         self.server = xllamacpp.Server(params)
 
@@ -255,7 +262,7 @@ class LlamaCpp:
         return self.server.handle_completions(request)["timings"]
 
     def decode(self, n: int, history: int) -> list[float]:
-        return [self.complete(history, STEPS)["predicted_per_token_ms"] / 1000]
+        return [self.complete(history, self.steps)["predicted_per_token_ms"] / 1000]
 
     def prompt(self, n: int, length: int) -> list[float]:
         return [self.complete(length, 1)["prompt_ms"] / 1000]
@@ -367,7 +374,7 @@ def main() -> None:
     add("--layers", type=int, default=4, help="of OLMoE-1B-7B's shapes; 0: the embedded model [4]")
     add("--systems", nargs="+", choices=SYSTEMS, default=["roe", "transformers"], help="roe among them [%(default)s]")
     add("--rosters", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
-    add("--history", type=int, nargs="+", help="[32 2048; embedded model: 32 448]")
+    add("--history", type=int, nargs="+", help="[32 2048; embedded model: 32 256]")
     add("--prompts", type=int, nargs="+", help="lengths [32 512 2048; embedded model: 32 256 512]")
     add("--repeats", type=int, default=5, help="[5]")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -377,7 +384,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.serve:
         return serve(args)
-    history = args.history or ([32, 2048] if args.layers else [32, 448])
+    history = args.history or ([32, 2048] if args.layers else [32, 256])
     prompts = args.prompts or ([32, 512, 2048] if args.layers else [32, 256, 512])
 
     tasks = [{"method": "decode", "n": n, "history": length} for length in history for n in args.rosters]

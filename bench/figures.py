@@ -149,6 +149,39 @@ def draw_checkpoints() -> None:
     save(figure, "checkpoints")
 
 
+def draw_cost() -> None:
+    """Four layers and the head; of several measurements the latest counts."""
+    found = defaultdict(dict)  # {(system, method, tokens before): {rosters: line}}
+    for line in results("bench"):
+        if line["layers"] == 4 and line["method"] != "prompt":
+            found[line["system"], line["method"], line["history"]][line["n"]] = line
+    systems = ("roe", "this project", BLUE), ("transformers", "naive RoE on transformers", ORANGE)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.6), width_ratios=(3, 2))
+    for history, style in ((32, "-"), (2048, "--")):
+        after = f" after {history:,} tokens"
+        for system, label, colour in systems:
+            lines = found[system, "decode", history]
+            times = [line["ms"] for line in lines.values()]
+            left.plot(lines.keys(), times, style, color=colour, marker="o", ms=4, label=label + after)
+        lines = found["roe", "decode", history]
+        left.plot(lines.keys(), [line["floor_ms"] for line in lines.values()], style, color=GREY, label="floor" + after)
+    for system, label, colour in systems:
+        lines = found[system, "peak", 2048]
+        peaks = [line["bytes"] / 1e9 for line in lines.values()]
+        right.plot(lines.keys(), peaks, color=colour, marker="o", ms=4, label=label)
+    for ax in (left, right):
+        ax.set_xscale("log", base=2)
+        ax.set_xticks([1, 2, 4, 8, 16, 32, 64], [1, 2, 4, 8, 16, 32, 64])
+        ax.set(xlabel="rosters n")
+    left.set_yscale("log")
+    left.set_yticks([20, 50, 100, 200, 500, 1000], [20, 50, 100, 200, 500, 1000])
+    left.minorticks_off()
+    left.set(ylabel="milliseconds per token")
+    left.legend(fontsize=8)
+    right.set(ylabel="peak memory of the process, GB", ylim=(0, None))
+    save(figure, "cost")
+
+
 def draw_show() -> None:
     """What a terminal shows, as a picture of that terminal."""
     command = ["roe.py", "--prompt", "class Error(Exception):", "--rosters", "32", "--max-new-tokens", "55", "--show"]

@@ -61,31 +61,6 @@ def top_k(config: Config, logits: Tensor, selection: Tensor | None = None) -> tu
     return weights, indices
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., d_in] times the transpose of weight [d_out, d_in], packed or not."""
-    if weight.is_mkldnn:
-        return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
-    if x.dtype != torch.bfloat16 or x.numel() * len(weight) > 2**18 or x.device.type != "cpu":
-        return F.linear(x, weight)
-    # Small products take oneDNN longer to start than PyTorch's own kernel takes in all.
-    enabled, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
-    try:
-        return F.linear(x, weight)
-    finally:
-        torch.backends.mkldnn.enabled = enabled
-
-
-def pack(weight: Tensor) -> Tensor:
-    """Arranges a weight of `linear` as CPUs multiply it in bfloat16; others, and small ones, stay as they are.
-
-    Otherwise oneDNN does so again for every product, which takes longer than the product itself if that has few rows.
-    `to_dense` undoes it.
-    """
-    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or weight.numel() < 2**20 or not PACKS:
-        return weight
-    return torch.ops.mkldnn._reorder_linear_weight(weight, 1)
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of x [..., T, D], by angles with cos and sin [T, D/2]: turns each pair (i, i + D/2)."""
     a, b = x.chunk(2, -1)
@@ -141,13 +116,34 @@ def attend(
 
 
 class Linear(nn.Linear):
-    """Without bias, and by `linear`."""
+    """x [..., d_in] times the transpose of a weight [d_out, d_in], which may be packed."""
 
     def __init__(self, d_in: int, d_out: int):
         super().__init__(d_in, d_out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+        weight = self.weight
+        if weight.is_mkldnn:
+            return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
+        if x.dtype != torch.bfloat16 or x.numel() * len(weight) > 2**18 or x.device.type != "cpu":
+            return F.linear(x, weight)
+        # Small products take oneDNN longer to start than PyTorch's own kernel takes in all.
+        enabled, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
+        try:
+            return F.linear(x, weight)
+        finally:
+            torch.backends.mkldnn.enabled = enabled
+
+
+def pack(weight: Tensor) -> Tensor:
+    """Arranges a weight of `Linear` as CPUs multiply it in bfloat16; others, and small ones, stay as they are.
+
+    Otherwise oneDNN does so again for every product, which takes longer than the product itself if that has few rows.
+    `to_dense` undoes it.
+    """
+    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or weight.numel() < 2**20 or not PACKS:
+        return weight
+    return torch.ops.mkldnn._reorder_linear_weight(weight, 1)
 
 
 class Attention(nn.Module):

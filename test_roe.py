@@ -33,7 +33,7 @@ from transformers import DynamicCache, OlmoeConfig, OlmoeForCausalLM, PreTrained
 import roe
 from cache import BranchingCache, SharedCache, StaticCache
 from load import load
-from model import PACKS, Config, Expert, Experts, StackedExperts, linear, top_k
+from model import PACKS, Config, Expert, Experts, StackedExperts, top_k
 
 torch.set_num_threads(1)  # models this small do not gain from more, and lose where the processor is shared
 
@@ -166,10 +166,10 @@ def test_packed_weights(tmp_path):
     for name, weight in unfused(hf).items():
         assert torch.equal(packed[name].to_dense() if name in packed else model.state_dict()[name], weight), name
     for rows in (1, 3, 40):
-        x, weight = torch.randn(rows, 1024).bfloat16(), model.layers[0].mlp.experts[5].up_proj.weight
-        exact = x.double() @ weight.to_dense().double().T
+        x, up = torch.randn(rows, 1024).bfloat16(), model.layers[0].mlp.experts[5].up_proj
+        exact = x.double() @ up.weight.to_dense().double().T
         # Sums of 1,024 products of order 0.2 are made in float32, and then rounded by up to 2^-9.
-        torch.testing.assert_close(linear(x, weight).double(), exact, rtol=2**-8, atol=1e-4)
+        torch.testing.assert_close(up(x).double(), exact, rtol=2**-8, atol=1e-4)
 
 
 def test_config_of_the_first_release(small, tmp_path):

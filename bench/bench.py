@@ -375,7 +375,7 @@ def main() -> None:
     add("--systems", nargs="+", choices=SYSTEMS, default=["roe", "transformers"], help="roe among them [%(default)s]")
     add("--rosters", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     add("--history", type=int, nargs="+", help="[32 2048; embedded model: 32 256]")
-    add("--prompts", type=int, nargs="+", help="lengths [32 512 2048; embedded model: 32 256 512]")
+    add("--prompts", type=int, nargs="+", help="lengths [32 512 2048; embedded model: 32 256 480]")
     add("--repeats", type=int, default=5, help="[5]")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="bfloat16", help="[bfloat16]")
@@ -385,7 +385,7 @@ def main() -> None:
     if args.serve:
         return serve(args)
     history = args.history or ([32, 2048] if args.layers else [32, 256])
-    prompts = args.prompts or ([32, 512, 2048] if args.layers else [32, 256, 512])
+    prompts = args.prompts or ([32, 512, 2048] if args.layers else [32, 256, 480])
 
     tasks = [{"method": "decode", "n": n, "history": length} for length in history for n in args.rosters]
     tasks += [{"method": "prompt", "n": n, "length": length} for length in prompts for n in (1, 8)]

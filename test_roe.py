@@ -33,7 +33,7 @@ from transformers import DynamicCache, OlmoeConfig, OlmoeForCausalLM, PreTrained
 import roe
 from cache import BranchingCache, SharedCache, StaticCache
 from load import load
-from model import PACKS, Config, Expert, Experts, StackedExperts, top_k
+from model import PACKS, Config, Expert, Experts, StackedExperts, attend, top_k
 
 torch.set_num_threads(1)  # models this small do not gain from more, and lose where the processor is shared
 
@@ -457,6 +457,27 @@ def test_cache_bytes(small):
     assert nbytes(1, "branching") == 4 * 30 * position
     # Layers 0 and 1, up to the first noisy router, hold one row; the prompt but its last token is shared.
     assert nbytes(8, "branching") == (2 * 30 + 2 * (10 + 8 * 20)) * position
+
+
+# Values are averages of numbers of order 1; bfloat16 rounds the weights of that average, and then the average, by 2^-9.
+@pytest.mark.parametrize("dtype, atol", ((torch.float32, 1e-6), (torch.bfloat16, 0.02)))
+@pytest.mark.parametrize("n, S, C", ((1, 9, 0), (3, 9, 1), (3, 9, 4), (3, 0, 1)))
+def test_attend(n, S, C, dtype, atol):
+    """One query per row against a softmax over all that it sees, row by row and head by head, in float64."""
+    torch.manual_seed(0)
+    H, Hk, D = 4, 2, 16
+    q, own = torch.randn(n, H, 1, D).to(dtype), torch.randn(2, n, Hk, 1, C, D).to(dtype)
+    shared = torch.randn(2, 1, Hk, S, D).to(dtype)
+    expected = torch.empty(n, H, 1, D, dtype=torch.float64)
+    for row, head in itertools.product(range(n), range(H)):
+        k, v = torch.cat((shared[:, 0, head // 2], own[:, row, head // 2, 0]), 1).double()
+        expected[row, head, 0] = (q[row, head, 0].double() @ k.T / D**0.5).softmax(-1) @ v
+    own = own if C else (None, None)
+    torch.testing.assert_close(attend(q, *shared, *own).double(), expected, rtol=0, atol=atol)
+    if C:  # the same with more memory, of which the query does not see all, as on GPUs
+        longer = torch.cat((shared, torch.randn(2, 1, Hk, 5, D).to(dtype)), 3)
+        out = attend(q, *longer, *own, visible=torch.arange(S + 5) < S)
+        torch.testing.assert_close(out.double(), expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("dtype, atol", ((torch.float32, 1e-6), (torch.bfloat16, 3e-3)))
@@ -928,6 +949,10 @@ BAD_MODELS = {
     ),
     "missing tensor": (lambda path: rewrite(path / SHARD, lambda t: t.pop(EXPERT)), f"tensors missing: {EXPERT}"),
     "extra tensor": (shard_with(more=torch.ones(1)), "tensors unexpected: more"),
+    "fused tensor of the wrong shape": (
+        shard_with(**{"model.layers.1.mlp.experts.down_proj": torch.ones(8)}),
+        "tensors unexpected: model.layers.1.mlp.experts.down_proj",
+    ),
     "wrong shape": (shard_with(**{EXPERT: torch.ones(48, 63)}), f"wrong shape: {EXPERT} (48, 63) not (48, 64)"),
     "wrong dtype": (shard_with(**{EXPERT: torch.ones(48, 64, dtype=torch.int8)}), f"{EXPERT} is stored as I8"),
 }

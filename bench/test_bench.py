@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 import effect
 import figures
+import loading
 import pytest
 import torch
 from effect import ROOT
@@ -59,6 +60,21 @@ def test_benchmark_of_the_embedded_model(tmp_path):
     assert one["cache_bytes"] == four["cache_bytes"] == 2 * 6 * 32 * 128 * 2
     assert found["transformers", "decode", 4]["cache_bytes"] == 4 * one["cache_bytes"]
     assert 0 < one["floor_ms"] < one["ms"] and one["floor_ms"] < four["floor_ms"] < four["ms"]
+
+
+def test_loading(tmp_path):
+    options = ["--model", ROOT / "tiny", "--repeats", "1", "--output", tmp_path / "loading.jsonl"]
+    assert subprocess.run([sys.executable, ROOT / "bench" / "loading.py", *options]).returncode == 0
+    result = json.loads((tmp_path / "loading.jsonl").read_text())
+    assert result["bytes"] == (ROOT / "tiny" / "model.safetensors").stat().st_size
+    assert min(result["read_seconds"], result["load_seconds"]) > 0
+    assert min(result["read_peak"], result["load_peak"]) > result["bytes"]
+
+
+def test_a_written_checkpoint_loads(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "OLMOE", bench.OLMOE | {"hidden_size": 64, "intermediate_size": 32, "num_experts": 8})
+    loading.write(tmp_path, 2)
+    assert load(tmp_path, "cpu")[0].config.num_hidden_layers == 2
 
 
 def test_llama_cpp_gets_the_same_model():

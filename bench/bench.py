@@ -63,6 +63,15 @@ def fill(model: nn.Module) -> None:
             p.fill_(1)
 
 
+def build(layers: int, dtype: torch.dtype, device: str) -> OLMoE:
+    """A model of OLMoE-1B-7B's shapes with random weights."""
+    with torch.device("meta"):
+        model = OLMoE(Config(num_hidden_layers=layers, **OLMOE))
+    model = model.to(dtype).to_empty(device=device)
+    fill(model)
+    return model
+
+
 def prepare(model: OLMoE) -> None:
     """As `load` leaves a model."""
     for module in model.modules():
@@ -92,11 +101,7 @@ class RoE:
 
     def __init__(self, args: argparse.Namespace):
         if args.layers:
-            config = Config(num_hidden_layers=args.layers, **OLMOE)
-            with torch.device("meta"):
-                self.model = OLMoE(config)
-            self.model = self.model.to(getattr(torch, args.dtype)).to_empty(device=args.device)
-            fill(self.model)
+            self.model = build(args.layers, getattr(torch, args.dtype), args.device)
             prepare(self.model)
         else:
             self.model, _ = load(None, args.device, args.dtype)

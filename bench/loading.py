@@ -24,18 +24,13 @@ import torch
 from effect import EMBEDDED, ROOT, where
 from safetensors.torch import save_file
 
-from bench import OLMOE, fill
+from bench import build
 from load import load, stored_name
-from model import Config, OLMoE
 
 
 def write(folder: Path, layers: int) -> None:
     """A checkpoint as OLMoE's are, with a file for every layer."""
-    config = Config(num_hidden_layers=layers, **OLMOE)
-    with torch.device("meta"):
-        model = OLMoE(config)
-    model = model.to(torch.bfloat16).to_empty(device="cpu")
-    fill(model)
+    model = build(layers, torch.bfloat16, "cpu")
     files = {}  # {file: {tensor name: tensor}}
     for name, weight in model.named_parameters():
         layer = name.split(".")[1] if name.startswith("layers.") else "other"
@@ -44,7 +39,7 @@ def write(folder: Path, layers: int) -> None:
         save_file(tensors, folder / file)
     index = {"weight_map": {name: file for file, tensors in files.items() for name in tensors}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(asdict(config) | {"model_type": "olmoe"}))
+    (folder / "config.json").write_text(json.dumps(asdict(model.config) | {"model_type": "olmoe"}))
     (folder / "tokenizer.json").write_bytes((EMBEDDED / "tokenizer.json").read_bytes())
 
 

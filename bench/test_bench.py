@@ -72,7 +72,7 @@ def test_loading(tmp_path):
 
 
 def test_a_written_checkpoint_loads(tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "OLMOE", bench.OLMOE | {"hidden_size": 64, "intermediate_size": 32, "num_experts": 8})
+    monkeypatch.setattr(bench, "OLMOE", bench.OLMOE | {"hidden_size": 64, "intermediate_size": 32, "num_experts": 8})
     loading.write(tmp_path, 2)
     assert load(tmp_path, "cpu")[0].config.num_hidden_layers == 2
 

@@ -6,6 +6,7 @@ is checked before the first weight is read. Pickle files are never opened.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -211,8 +212,10 @@ def check_tensors(path: Path, stored: dict, model: OLMoE) -> None:
     """Raises ValueError unless the tensors stored, {name: (shape, dtype)}, are exactly those that the model needs."""
     want = {stored_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
     meta = (one_by_one(name, torch.empty(shape, device="meta")) for name, (shape, _) in stored.items())
-    have = {name: tuple(tensor.shape) for tensors in meta for name, tensor in tensors}
+    parts = [(name, tuple(tensor.shape)) for tensors in meta for name, tensor in tensors]
+    have = dict(parts)
     for problem, names in (
+        ("stored twice", [name for name, count in Counter(name for name, _ in parts).items() if count > 1]),
         ("missing", [name for name in want if name not in have]),
         ("unexpected", [name for name in have if name not in want]),
         ("of the wrong shape", [f"{n} {have[n]} not {want[n]}" for n in want if have.get(n, want[n]) != want[n]]),

@@ -953,6 +953,10 @@ BAD_MODELS = {
         shard_with(**{"model.layers.1.mlp.experts.down_proj": torch.ones(8)}),
         "tensors unexpected: model.layers.1.mlp.experts.down_proj",
     ),
+    "experts both fused and one by one": (
+        shard_with(**{"model.layers.1.mlp.experts.down_proj": torch.ones(8, 64, 48)}),
+        "tensors stored twice: model.layers.1.mlp.experts.0.down_proj.weight",
+    ),
     "wrong shape": (shard_with(**{EXPERT: torch.ones(48, 63)}), f"wrong shape: {EXPERT} (48, 63) not (48, 64)"),
     "wrong dtype": (shard_with(**{EXPERT: torch.ones(48, 64, dtype=torch.int8)}), f"{EXPERT} is stored as I8"),
 }

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from model import Config, OLMoE, StackedExperts, pack
+from model import Config, OLMoE, pack
 
 EMBEDDED = Path(__file__).parent / "tiny"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -60,8 +60,7 @@ def load(source: str | Path | None = None, device: str = "auto", dtype: str = "a
                     progress.update()
     model.load_state_dict(state, assign=True)
     if device.type == "cuda":
-        for layer in model.layers:
-            layer.mlp.experts = StackedExperts(layer.mlp.experts)
+        model.stack_experts()
     return model, tokenizer
 
 

@@ -259,6 +259,11 @@ class OLMoE(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embed_tokens.weight.dtype
 
+    def stack_experts(self) -> None:
+        """For GPUs, see `StackedExperts`."""
+        for layer in self.layers:
+            layer.mlp.experts = StackedExperts(layer.mlp.experts)
+
     def hidden(self, tokens: Tensor, cache=None, route: Callable | None = None) -> Tensor:
         """As `forward`, but returns the hidden states [rows, T, d] before the final norm and makes no prediction."""
         config, D, T = self.config, self.config.head_dim, tokens.shape[1]

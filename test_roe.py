@@ -514,8 +514,7 @@ def test_static_cache(small):
     static.k, static.v = (t.to("meta", torch.bfloat16) for t in (static.k, static.v))
     static.length = static.length.to("meta")
     model = copy.deepcopy(small.model)
-    for layer in model.layers:
-        layer.mlp.experts = StackedExperts(layer.mlp.experts)
+    model.stack_experts()
     model = model.to("meta", torch.bfloat16)
     route = lambda layer, logits: top_k(model.config, logits.expand(n, -1, -1))
     assert model(torch.zeros(1, 1, dtype=torch.long, device="meta"), static, route).shape == (n, 1, SMALL["vocab_size"])

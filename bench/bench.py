@@ -37,7 +37,7 @@ from torch import nn
 import roe
 from cache import SharedCache, StaticCache
 from load import load, stored_name
-from model import Config, Linear, OLMoE, StackedExperts, pack
+from model import Config, Linear, OLMoE, pack
 
 OLMOE = {  # allenai/OLMoE-1B-7B
     "vocab_size": 50304,
@@ -77,8 +77,8 @@ def prepare(model: OLMoE) -> None:
     for module in model.modules():
         if isinstance(module, Linear):
             module.weight = nn.Parameter(pack(module.weight), requires_grad=False)
-    for layer in model.layers if model.device.type == "cuda" else ():
-        layer.mlp.experts = StackedExperts(layer.mlp.experts)
+    if model.device.type == "cuda":
+        model.stack_experts()
 
 
 def steps(args: argparse.Namespace) -> int:

@@ -87,11 +87,10 @@ def attend(
         [n, H, T, D]
     """
     (n, H, T, D), (_, Hk, S, _), cpu = q.shape, shared_k.shape, q.device.type == "cpu"
-    if T > 1:
+    causal = own_k is None and 1 < T == S  # spelled out, since kernels then skip what is not visible
+    if T > 1 and not causal:
         visible = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     if own_k is None:
-        causal = 1 < T == S  # spelled out, since kernels then skip what is not visible
-        visible = None if causal else visible
         if cpu and T == 1:
             q = q.expand(-1, -1, 2, -1)  # PyTorch's CPU kernel takes twice as long for one query as for two
         out = F.scaled_dot_product_attention(q, shared_k, shared_v, visible, is_causal=causal, enable_gqa=H > Hk)

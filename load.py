@@ -25,11 +25,14 @@ from model import Config, OLMoE, pack
 EMBEDDED = Path(__file__).parent / "tiny"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
-# What config.json may say, by the type that `Config` gives a field. Nothing within these bounds overflows.
-SIZE = (lambda value: type(value) is int and 1 <= value <= 2**30), "a whole number from 1 to 2^30"
-NUMBER = (lambda value: type(value) in (int, float) and 1e-30 <= value <= 1e30), "a number from 1e-30 to 1e30"
-FLAG = (lambda value: type(value) is bool), "true or false"
-KINDS = {int: SIZE, float: NUMBER, float | None: NUMBER, bool: FLAG}
+# What config.json may say, by the type that `Config` gives a field: types in JSON, lowest and highest value. Nothing
+# within these bounds overflows: not the product of two sizes, not a power of rope_theta, not clip_qkv in float16.
+KINDS = {
+    int: ((int,), 1, 2**30),
+    float: ((int, float), 1e-30, 1e18),
+    float | None: ((int, float), 1e-30, 65504),
+    bool: ((bool,), False, True),
+}
 IMPLEMENTED = {
     "model_type": "olmoe",
     "hidden_act": "silu",
@@ -164,9 +167,10 @@ def read_config(file: Path, device: torch.device) -> Config:
         value = raw.get(field.name)
         if field.type not in KINDS or value is None and field.default is not MISSING:
             continue
-        allowed, sentence = KINDS[field.type]
-        if not allowed(value):
-            raise refusal(f"{file}: {field.name} must be {sentence}, not {short(value)}")
+        types, low, high = KINDS[field.type]
+        if type(value) not in types or not low <= value <= high:
+            kind = types[-1].__name__
+            raise refusal(f"{file}: {field.name} must be of type {kind}, from {low} to {high}, not {short(value)}")
         values[field.name] = value
     c = Config(**values)
     unaligned = c.hidden_size % 8 or c.intermediate_size % 8

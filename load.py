@@ -12,6 +12,7 @@ import stat
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
+from itertools import groupby
 from pathlib import Path
 from reprlib import repr as short
 
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from model import Config, OLMoE, pack
+from model import Config, OLMoE, speed_up
 
 EMBEDDED = Path(__file__).parent / "tiny"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -44,17 +45,20 @@ IMPLEMENTED = {
 }
 
 
-def load(source: str | Path | None = None, device: str = "auto", dtype: str = "auto") -> tuple[OLMoE, Tokenizer]:
+def load(
+    source: str | Path | None = None, device: str = "auto", dtype: str = "auto", fast: bool = True
+) -> tuple[OLMoE, Tokenizer]:
     """Loads a model and its tokenizer.
 
     Args:
         source: a directory, a hub id such as "allenai/OLMoE-1B-7B-0125-Instruct", or None for the embedded model.
         device: "cpu", "cuda", "cuda:1" ...; "auto": a GPU if there is one.
         dtype: "bfloat16", "float16" or "float32"; "auto": as the weights are stored.
+        fast: with what `model.speed_up` does: for inference only, and where and as it is. False: the plain model, which
+            can be moved, converted, copied and trained.
 
     Returns:
-        model (`OLMoE`, without gradients; in bfloat16 on a CPU its large matrices are packed, see `model.pack`) and
-        tokenizer (`tokenizers.Tokenizer`).
+        model (`OLMoE`, without gradients) and tokenizer (`tokenizers.Tokenizer`).
 
     Raises:
         FileNotFoundError: a file, a directory or a hub id that is not there.
@@ -62,9 +66,7 @@ def load(source: str | Path | None = None, device: str = "auto", dtype: str = "a
             unknown device or dtype.
     """
     device, dtype = pick_device(device), pick_dtype(dtype)
-    path = find(source, "*.json")
-    config = read_config(path / "config.json", device)
-    tokenizer = read_tokenizer(path / "tokenizer.json", config)
+    path, config, tokenizer = describe(source, device)
     files = weight_files(find(source, "*.safetensors", commit=path.name))
     stored = [tensor for file in files for tensor in read_header(file)]
     check_sizes(path, stored, config)
@@ -72,26 +74,46 @@ def load(source: str | Path | None = None, device: str = "auto", dtype: str = "a
         model = OLMoE(config).requires_grad_(False)
     check_tensors(path, stored, model)
     dtype = dtype or next(DTYPES[kind] for name, _, kind in stored if name == "model.embed_tokens.weight")
-    state = {}
-    with tqdm(total=len(stored), desc="loading", unit="tensor", leave=False, delay=1, disable=None) as progress:
-        for file in files:
-            # Pages of a memory-mapped file would count as resident: reading needs the model plus one tensor.
-            with safe_open(file, "pt", backend="pread") as shard:
-                for key in shard.keys():
-                    for name, tensor in one_by_one(key, shard.get_tensor(key)):
-                        tensor = tensor.to(device, dtype)
-                        state[name.removeprefix("model.")] = tensor if "embed" in name else pack(tensor)
-                    progress.update()
-    model.load_state_dict(state, assign=True)
-    if device.type == "cuda":
-        model.stack_experts()
+    # Pages of a memory-mapped file would count as resident: reading needs the model plus what is not packed yet.
+    shards = [safe_open(file, "pt", backend="pread") for file in files]
+    places = [(layer_of(name), name, i) for i, shard in enumerate(shards) for name in shard.keys()]
+    with tqdm(total=len(places), desc="loading", unit="tensor", leave=False, delay=1, disable=None) as progress:
+        for layer, group in groupby(sorted(places, reverse=True), key=lambda place: place[0]):
+            state = {}
+            for _, stored_as, i in group:
+                for name, tensor in one_by_one(stored_as, shards[i].get_tensor(stored_as)):
+                    state[name.removeprefix("model.")] = tensor.to(device, dtype)
+                progress.update()
+            model.load_state_dict(state, strict=False, assign=True)
+            del state, tensor
+            if fast:
+                speed_up(model if layer < 0 else model.layers[layer])
     return model, tokenizer
 
 
+def describe(source: str | Path | None = None, device: str = "auto") -> tuple[Path, Config, Tokenizer]:
+    """All of a model but its weights: the directory that it is in, its `Config` and its tokenizer. Raises as `load`."""
+    path = find(source, "*.json")
+    config = read_config(path / "config.json", pick_device(device))
+    if (path / "tau.json").exists():
+        config.tau = read_json(path / "tau.json", list)
+    return path, config, read_tokenizer(path / "tokenizer.json", config)
+
+
+def layer_of(name: str) -> int:
+    """The number of the layer to which a tensor of a checkpoint belongs; -1: to none."""
+    return int(name.split(".")[2]) if name.startswith("model.layers.") else -1
+
+
 def refusal(message: str, kind: type[Exception] = ValueError) -> Exception:
-    """The exception to raise: one line, not too long, in which no name from a file can steer a terminal."""
+    """The exception to raise."""
+    return kind(printable(message))
+
+
+def printable(message: str) -> str:
+    """One line, not too long, in which no name from a file can steer a terminal."""
     message = message if len(message) <= 1000 else f"{message[:500]} ... {message[-500:]}"
-    return kind("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
 
 
 def find(source: str | Path | None, pattern: str, commit: str | None = None) -> Path:
@@ -136,15 +158,15 @@ def read_file(file: Path, size: int = -1) -> bytes:
         raise refusal(f"{file} cannot be read: {error.strerror}") from error
 
 
-def read_json(file: Path) -> dict:
-    """A file that holds a JSON object, as a dict."""
+def read_json(file: Path, kind: type = dict) -> dict | list:
+    """A file that holds a JSON object, as a dict, or a list."""
     data = read_file(file)
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise refusal(f"{file} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise refusal(f"{file} is not a JSON object")
+    if not isinstance(value, kind):
+        raise refusal(f"{file} is not a JSON {'object' if kind is dict else 'list'}")
     return value
 
 

@@ -217,13 +217,11 @@ def read_tokenizer(file: Path, config: Config) -> Tokenizer:
         tokenizer.no_truncation()  # settings that training can leave in the file
         tokenizer.no_padding()
         ids = [*tokenizer.get_vocab().values(), *tokenizer.encode("").ids]  # also those put around every text
+        tokenizer.model.tokenize("\U0010ffff")  # no vocabulary has this: raises if the token for unknown ones is amiss
     except Exception as error:  # the library raises nothing more specific
         raise refusal(f"{file} is not a tokenizer: {error}") from error
     if max(ids, default=0) >= config.vocab_size:
         raise refusal(f"{file} has the token id {max(ids)}, but the model's vocab_size is only {config.vocab_size}")
-    unknown = getattr(tokenizer.model, "unk_token", None)
-    if unknown is not None and tokenizer.model.token_to_id(unknown) is None:
-        raise refusal(f"{file} has {unknown!r} stand for unknown tokens, which is not in its vocabulary")
     return tokenizer
 
 

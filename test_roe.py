@@ -33,7 +33,7 @@ from transformers import DynamicCache, OlmoeConfig, OlmoeForCausalLM, PreTrained
 
 import roe
 from cache import BranchingCache, SharedCache
-from load import load
+from load import load, read_config, read_tokenizer
 from model import (
     Config,
     Expert,
@@ -73,6 +73,13 @@ CONFIGS = {
     "tied head": {"tie_word_embeddings": True},
     "40 experts top 8": {"num_experts": 40, "num_experts_per_tok": 8},
     "4 experts top 2, 1 layer": {"num_experts": 4, "num_hidden_layers": 1},
+    "sizes for CPUs only": {
+        "hidden_size": 60,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "intermediate_size": 50,
+        "experts_implementation": "eager",  # transformers multiplies by F.grouped_mm too, unless told otherwise
+    },
     "rope and norm": {"rope_parameters": {"rope_theta": 50.0, "rope_type": "default"}, "rms_norm_eps": 1e-2},
 }
 LAYOUTS = {
@@ -233,6 +240,32 @@ def test_config_of_the_first_release(small, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"rope_theta": 1234.0, "rope_scaling": None}))
     assert load(tmp_path, "cpu")[0].config.rope_theta == 1234.0
     assert load(tmp_path, "cpu")[0].config.rms_norm_eps == 1e-5
+
+
+def test_published_config(tmp_path):
+    """OLMoE-1B-7B-0125's, as transformers 4 wrote it."""
+    fields = {
+        "vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 16,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8,
+        "max_position_embeddings": 4096, "norm_topk_prob": False, "clip_qkv": None, "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0, "tie_word_embeddings": False, "eos_token_id": 50279,
+    }  # fmt: skip
+    others = {
+        "architectures": ["OlmoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu",
+        "initializer_range": 0.02, "model_type": "olmoe", "output_router_logits": False, "pad_token_id": 1,
+        "rope_scaling": None, "router_aux_loss_coef": 0.01, "torch_dtype": "bfloat16", "use_cache": True,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(fields | others))
+    assert read_config(tmp_path / "config.json", torch.device("cuda")) == Config(**fields)
+
+
+def test_settings_left_in_a_tokenizer(small, tmp_path):
+    plain = tokenizers.Tokenizer.from_file(str(small.path / "tokenizer.json"))
+    expected = plain.encode("abc").ids
+    plain.enable_truncation(2)
+    plain.enable_padding(length=8, pad_id=1000)
+    plain.save(str(tmp_path / "tokenizer.json"))
+    assert read_tokenizer(tmp_path / "tokenizer.json", small.model.config).encode("abc").ids == expected
 
 
 @torch.inference_mode()
@@ -667,7 +700,8 @@ def olmo_tokenizer():
     if package is None:
         pytest.skip("needs OLMo's tokenizer: pip install --no-deps ai2-olmo-eval (112 MB)")
     (folder,) = package.submodule_search_locations
-    return tokenizers.Tokenizer.from_file(f"{folder}/tokenizers/allenai_gpt-neox-olmo-dolma-v1_5.json")
+    file = Path(folder, "tokenizers", "allenai_gpt-neox-olmo-dolma-v1_5.json")
+    return read_tokenizer(file, Config(50304, 0, 0, 1, 1, 1, 4, 2, 0))
 
 
 def test_olmo_tokenizer_streams_any_text(olmo_tokenizer):
@@ -747,6 +781,11 @@ def test_hub_ids(small, tmp_path):
         result = subprocess.run(command, capture_output=True, text=True, env=environment | changes)
         return result.returncode, result.stdout, result.stderr
 
+    good, Hub.files["config.json"] = Hub.files["config.json"], b"{}"
+    status, text, err = run("test/model", HF_HOME=str(tmp_path / "other"))
+    refused((status, text, err.splitlines(keepends=True)[-1]), "model_type None is not implemented")  # after progress
+    assert "config.json" in Hub.requested and "model.safetensors" not in Hub.requested
+    Hub.files["config.json"] = good
     status, text, err = run("test/model")
     assert status == 0 and err.splitlines()[-1].startswith("3 tokens")
     assert sorted(set(Hub.requested)) == [
@@ -916,6 +955,7 @@ BAD_ARGUMENTS = {
     "unknown device": (["--device", "abacus"], "device abacus cannot be used"),
     "device not there": (["--device", "cuda:99"], "device cuda:99 cannot be used"),
     "device without data": (["--device", "meta"], "device meta cannot be used"),
+    "device not in this torch": (["--device", "hpu"], "device hpu cannot be used"),
     "unknown dtype": (["--dtype", "int8"], "invalid choice"),
     "unknown option": (["--rooster", "4"], "unrecognized arguments"),
     "empty prompt": (["--prompt", ""], "the prompt is empty"),
@@ -929,7 +969,8 @@ BAD_ARGUMENTS = {
     "temperature infinite": (["--temperature", "inf"], "temperature must be 0, or a number from 0.001"),
     "skip negative": (["--skip", "-1"], "skip must be a whole number, at least 0"),
     "no such directory": (["--model", "no/such/directory"], "there is no directory no/such/directory"),
-    "a name that steers the terminal": (["--model", "a\x1b[2Jb"], "there is no directory a\\x1b[2Jb"),
+    "directory that steers the terminal": (["--model", "\x1b[2J"], r"there is no directory \x1b[2J, and"),
+    "no name": (["--model", ""], "there is no config.json"),
     "no such text": (["--ppl", "missing.txt"], "missing.txt"),
     "a text without end": (["--ppl", "/dev/zero"], "/dev/zero has more than 16,777,216 bytes"),
     "branching scores": (["--ppl", __file__, "--cache", "branching"], "--ppl does not read --cache"),
@@ -941,7 +982,7 @@ BAD_ARGUMENTS = {
 def refused(result, sentence):
     status, out, err = result
     assert status == 2 and out == "" and err.count("\n") == 1 and err.startswith("roe.py: error: ")
-    assert sentence in err
+    assert sentence in err and err[:-1].isprintable()
 
 
 @pytest.mark.parametrize("name", BAD_ARGUMENTS)
@@ -1057,59 +1098,151 @@ def rewrite(file, change):
 
 SHARD = "model-00002-of-00003.safetensors"
 EXPERT = "model.layers.1.mlp.experts.5.up_proj.weight"
+FUSED = "model.layers.1.mlp.experts.down_proj"
 
 
 def config_with(**changes):
     return lambda path: rewrite(path / "config.json", lambda content: content.update(changes))
 
 
-def shard_with(**tensors):
-    return lambda path: rewrite(path / SHARD, lambda content: content.update(tensors))
+def rope_with(**changes):
+    return lambda path: rewrite(path / "config.json", lambda content: content["rope_parameters"].update(changes))
+
+
+def tokenizer_with(**changes):
+    return lambda path: rewrite(path / "tokenizer.json", lambda content: content["model"].update(changes))
+
+
+def template_with(token):
+    special = {"x": {"id": "x", "ids": [token], "tokens": ["x"]}}
+    single = [{"SpecialToken": {"id": "x", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    template = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": special}
+    return lambda path: rewrite(path / "tokenizer.json", lambda content: content.update(post_processor=template))
+
+
+def shard_with(file=SHARD, **tensors):
+    return lambda path: rewrite(path / file, lambda content: content.update(tensors))
 
 
 def index_with(file):
     return lambda path: rewrite(path / INDEX, lambda content: content["weight_map"].update(x=file))
 
 
+def file_with(name, text):
+    return lambda path: (path / name).write_text(text)
+
+
+def pipe(name):
+    return lambda path: ((path / name).unlink(), os.mkfifo(path / name))
+
+
+def link(name, target):
+    return lambda path: ((path / name).unlink(), (path / name).symlink_to(target))
+
+
 BAD_MODELS = {
     "no config": (lambda path: (path / "config.json").unlink(), "there is no"),
-    "config not JSON": (lambda path: (path / "config.json").write_text("{"), "is not JSON"),
-    "config not an object": (lambda path: (path / "config.json").write_text("[]"), "is not a JSON object"),
-    "config lacks a field": (config_with(num_experts=None), "lacks num_experts"),
+    "config is a pipe": (pipe("config.json"), "config.json is not a regular file"),
+    "config unreadable": (link("config.json", "config.json"), "config.json cannot be read: Too many levels"),
+    "config not JSON": (file_with("config.json", "{"), "is not JSON"),
+    "config not UTF-8": (lambda path: (path / "config.json").write_bytes(b'{"\xff": 1}'), "is not JSON"),
+    "config nested beyond reason": (file_with("config.json", '{"x":' * 10**5), "is not JSON"),
+    "config not an object": (file_with("config.json", "[]"), "is not a JSON object"),
+    "config lacks a field": (config_with(num_experts=None), "num_experts must be of type int"),
     "not OLMoE": (config_with(model_type="llama"), "model_type 'llama' is not implemented"),
+    "no model type": (config_with(model_type=None), "model_type None is not implemented"),
     "hidden_act": (config_with(hidden_act="gelu"), "hidden_act 'gelu' is not implemented"),
     "attention bias": (config_with(attention_bias=True), "attention_bias True is not implemented"),
     "rope scaling": (
         config_with(rope_scaling={"type": "linear"}),
         "rope_scaling {'type': 'linear'} is not implemented",
     ),
-    "rope type": (config_with(rope_parameters={"rope_type": "yarn"}), "rope_type 'yarn' is not implemented"),
+    "rope type": (rope_with(rope_type="yarn"), "rope_type 'yarn' is not implemented"),
+    "rope factor": (rope_with(factor=4.0), "is not an object of rope_theta and rope_type"),
+    "rope parameters not an object": (config_with(rope_parameters=[]), "rope_parameters [] is not an object"),
+    "partial rotary": (config_with(partial_rotary_factor=0.5), "partial_rotary_factor 0.5 is not implemented"),
+    "partial rotary, nested": (rope_with(partial_rotary_factor=0), "partial_rotary_factor 0 is not implemented"),
+    "rope theta 0": (rope_with(rope_theta=0), "rope_theta must be of type float, from 1e-30 to 1e+18, not 0"),
+    "rope theta negative": (rope_with(rope_theta=-1.0), "rope_theta must be of type float"),
+    "rope theta nan": (rope_with(rope_theta=math.nan), "rope_theta must be of type float"),
+    "rope theta too large": (rope_with(rope_theta=2**64), "rope_theta must be of type float"),
     "quantised": (config_with(quantization_config={"bits": 4}), "quantization_config {'bits': 4} is not implemented"),
-    "head_dim": (config_with(head_dim=32), "head_dim 32 is not implemented"),
-    "odd size": (config_with(intermediate_size=50), "must be multiples of 8"),
-    "too few tokens": (config_with(vocab_size=100), "has 256 tokens, more than the model's 100"),
+    "a novel for a value": (config_with(hidden_act="x" * 10**6), "is not implemented, only 'silu'"),
+    "no layers": (
+        config_with(num_hidden_layers=0),
+        "num_hidden_layers must be of type int, from 1 to 1073741824, not 0",
+    ),
+    "negative size": (config_with(hidden_size=-64), "hidden_size must be of type int"),
+    "fractional size": (config_with(intermediate_size=48.0), "intermediate_size must be of type int"),
+    "boolean size": (config_with(num_key_value_heads=True), "num_key_value_heads must be of type int"),
+    "size in words": (config_with(vocab_size="304"), "vocab_size must be of type int"),
+    "size that overflows": (config_with(max_position_embeddings=2**30 + 1), "max_position_embeddings must be of type"),
+    "norm_topk_prob in words": (config_with(norm_topk_prob="false"), "norm_topk_prob must be of type bool"),
+    "norm_topk_prob 0": (config_with(norm_topk_prob=0), "norm_topk_prob must be of type bool"),
+    "clip negative": (config_with(clip_qkv=-1), "clip_qkv must be of type float, from 1e-30 to 65504, not -1"),
+    "clip nan": (config_with(clip_qkv=math.nan), "clip_qkv must be of type float"),
+    "clip too large": (config_with(clip_qkv=65505), "clip_qkv must be of type float"),
+    "clip boolean": (config_with(clip_qkv=True), "clip_qkv must be of type float"),
+    "eps negative": (config_with(rms_norm_eps=-1), "rms_norm_eps must be of type float"),
+    "head_dim": (config_with(head_dim=32), "head_dim must be hidden_size / num_attention_heads"),
+    "odd head_dim": (config_with(hidden_size=60), "hidden_size must be an even multiple of num_attention_heads"),
+    "heads do not divide": (config_with(num_attention_heads=7), "hidden_size must be an even multiple"),
+    "kv heads do not divide": (config_with(num_key_value_heads=3), "num_key_value_heads must divide"),
+    "more experts per token than experts": (config_with(num_experts_per_tok=9), "num_experts_per_tok must not exceed"),
+    "eos beyond the vocabulary": (config_with(eos_token_id=304), "eos_token_id must be an id below vocab_size"),
+    "eos negative": (config_with(eos_token_id=[0, -1]), "eos_token_id must be an id below vocab_size"),
+    "eos not an id": (config_with(eos_token_id="</s>"), "eos_token_id must be an id below vocab_size"),
+    "eos false": (config_with(eos_token_id=False), "eos_token_id must be an id below vocab_size"),
+    "far too many layers": (config_with(num_hidden_layers=10**5), "no weights for 100000 layers of 8 experts"),
+    "far too many experts": (config_with(num_experts=10**9), "no weights for 4 layers of 1000000000 experts"),
+    "one layer too many": (config_with(num_hidden_layers=5), "tensors missing: model.layers.4."),
     "no tokenizer": (lambda path: (path / "tokenizer.json").unlink(), "tokenizer.json"),
-    "broken tokenizer": (lambda path: (path / "tokenizer.json").write_text("{}"), "is not a tokenizer"),
-    "missing shard": (lambda path: (path / SHARD).unlink(), f"{SHARD}, which {INDEX} lists"),
+    "tokenizer is a device": (link("tokenizer.json", "/dev/zero"), "tokenizer.json is not a regular file"),
+    "broken tokenizer": (file_with("tokenizer.json", "{}"), "is not a tokenizer"),
+    "too few tokens": (config_with(vocab_size=100), "has the token id 255, but the model's vocab_size is only 100"),
+    "token beyond the vocabulary": (tokenizer_with(vocab={"x": 304}), "has the token id 304, but"),
+    "token around every text beyond the vocabulary": (template_with(304), "has the token id 304, but"),
+    "no token for the unknown": (tokenizer_with(unk_token="\x1b[2J"), r"is not a tokenizer: Unk token `\x1b[2J` not"),
+    "missing shard": (lambda path: (path / SHARD).unlink(), f"{SHARD}; a model is a directory with"),
+    "shard is a pipe": (pipe(SHARD), f"{SHARD} is not a regular file"),
+    "shard is a directory": (link(SHARD, "."), f"{SHARD} is not a regular file"),
+    "shard unreadable": (link(SHARD, SHARD), f"{SHARD} cannot be read"),
     "truncated shard": (lambda path: os.truncate(path / SHARD, 5000), f"{SHARD} is not a complete safetensors file"),
     "shard is a pickle": (lambda path: torch.save({}, path / SHARD), f"{SHARD} is not a complete safetensors file"),
+    "index is a pipe": (pipe(INDEX), f"{INDEX} is not a regular file"),
     "index lists a pickle": (index_with("pytorch_model.bin"), "pytorch_model.bin, which is not a safetensors file"),
     "index points outside": (
         index_with("../x.safetensors"),
         "../x.safetensors, which is not a safetensors file beside",
     ),
+    "index lists no name": (index_with([SHARD]), "which is not a safetensors file beside"),
+    "index without a map": (file_with(INDEX, '{"weight_map": []}'), "has no weight_map from tensors to files"),
+    "index lists a file of many lines": (index_with("\n.safetensors"), r"lists \n.safetensors, which is not"),
     "only a pickle": (
         lambda path: [file.rename(path / "pytorch_model.bin") for file in path.glob("model*")],
         "neither model.safetensors nor its index",
     ),
+    "single file is a pipe": (lambda path: os.mkfifo(path / "model.safetensors"), "model.safetensors is not a regular"),
     "missing tensor": (lambda path: rewrite(path / SHARD, lambda t: t.pop(EXPERT)), f"tensors missing: {EXPERT}"),
     "extra tensor": (shard_with(more=torch.ones(1)), "tensors unexpected: more"),
-    "fused tensor of the wrong shape": (
-        shard_with(**{"model.layers.1.mlp.experts.down_proj": torch.ones(8)}),
-        "tensors unexpected: model.layers.1.mlp.experts.down_proj",
+    "tensor that steers the terminal": (shard_with(**{"\x1b[2J": torch.ones(1)}), r"tensors unexpected: \x1b[2J"),
+    "tensor in two shards": (
+        shard_with("model-00001-of-00003.safetensors", **{EXPERT: torch.ones(48, 64)}),
+        f"tensors stored twice: {EXPERT}",
     ),
+    "fused tensor of one dimension": (shard_with(**{FUSED: torch.ones(8)}), f"tensors unexpected: {FUSED}"),
+    "fused tensor of other experts": (
+        shard_with(**{FUSED: torch.ones(7, 64, 48)}),
+        f"wrong shape: {FUSED} (7, 64, 48)",
+    ),
+    "fused tensor without experts": (shard_with(**{FUSED: torch.ones(0, 64, 48)}), f"wrong shape: {FUSED} (0, 64, 48)"),
+    "fused tensor of nothing": (
+        shard_with(**{FUSED: torch.ones(2**40, 0, 48)}),
+        f"wrong shape: {FUSED} (1099511627776, 0, 48)",
+    ),
+    "tensor of many dimensions": (shard_with(more=torch.ones([1] * 64)), "wrong shape: more (1, 1, 1, 1"),
     "experts both fused and one by one": (
-        shard_with(**{"model.layers.1.mlp.experts.down_proj": torch.ones(8, 64, 48)}),
+        shard_with(**{FUSED: torch.ones(8, 64, 48)}),
         "tensors stored twice: model.layers.1.mlp.experts.0.down_proj.weight",
     ),
     "wrong shape": (shard_with(**{EXPERT: torch.ones(48, 63)}), f"wrong shape: {EXPERT} (48, 63) not (48, 64)"),
@@ -1134,3 +1267,11 @@ def test_bad_models(cli, sharded, tmp_path, name):
     refused(cli("--model", tmp_path, "--prompt", "x"), sentence)
     with pytest.raises((ValueError, FileNotFoundError)):
         load(tmp_path, "cpu")
+
+
+def test_sizes_that_gpus_cannot_multiply(sharded, tmp_path):
+    (tmp_path / "config.json").write_bytes((sharded / "config.json").read_bytes())
+    config_with(intermediate_size=50)(tmp_path)
+    assert read_config(tmp_path / "config.json", torch.device("cpu")).intermediate_size == 50
+    with pytest.raises(ValueError, match="on GPUs 8 must divide hidden_size and intermediate_size"):
+        read_config(tmp_path / "config.json", torch.device("cuda"))

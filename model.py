@@ -2,11 +2,10 @@
 
 A row is a sequence of its own or, with a cache, one of n versions (rosters) of the same token. Nothing here knows of
 noise: a function `route` decides which experts run, and if it returns more rows than it was given, the path branches
-there.
+there. Attribute names equal the tensor names in OLMoE's checkpoints, without their prefix "model.".
 
-Attribute names equal the tensor names in OLMoE's checkpoints, without their prefix "model.".
-Shapes: n rows, T positions, d hidden_size, I intermediate_size, E experts, k experts per token, H query heads, Hk
-key-value heads of size D, S positions shared by all rows, C positions of a row's own.
+Shapes: n rows, T positions, d hidden_size, E experts, k experts per token, H query heads, Hk key-value heads of size D,
+S positions shared by all rows, C positions of a row's own.
 """
 
 from collections.abc import Callable
@@ -36,9 +35,7 @@ class Config:
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
     eos_token_id: int | list[int] | None = None
-    tau: list[float] | None = (
-        None  # routing temperatures found for this model, one per layer: a file tau.json beside it
-    )
+    tau: list[float] | None = None  # routing temperatures, one per layer: what a file tau.json beside the model says
 
     @property
     def head_dim(self) -> int:
@@ -49,14 +46,12 @@ class OLMoE(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        # An empty weight: drawing a random one, on the meta device as in `load`, imports torch's compiler for a second.
-        weight = torch.empty(config.vocab_size, config.hidden_size)
-        self.embed_tokens = nn.Embedding(*weight.shape, _weight=weight)
+        weight = torch.empty(config.vocab_size, config.hidden_size)  # drawing it on "meta" takes a second of imports
+        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = None
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def device(self) -> torch.device:
@@ -70,9 +65,9 @@ class OLMoE(nn.Module):
         """Predicts the next token at every position.
 
         Args:
-            tokens: ids [n, T]. With a cache n is 1, and the T tokens follow those that the cache holds.
-            cache: one of `cache.py`'s, extended by the T positions; None: every row is a whole sequence.
-            route: route(layer, router logits [n, T, E]) -> weights, indices [n or more, T, k]; None: plain `top_k`.
+            tokens: ids [n, T]. With a cache n is 1, and they follow those that the cache holds, which they extend.
+            cache: one of `cache.py`'s; None: every row is a whole sequence.
+            route: route(layer, router logits [n, T, E]) -> weights, indices [n or more, T, k]; None: `top_k`.
 
         Returns:
             logits [rows, T, vocab_size], as many rows as the last route returned.
@@ -177,10 +172,9 @@ class Experts(nn.ModuleList):
     def forward(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """The weighted sum of the experts' outputs: x [n, T, d], weights and indices [n, T, k] -> [n, T, d]."""
         out = torch.zeros_like(x)
-        for e, expert in enumerate(self):
+        for e in indices.unique().tolist():
             n, t, i = (indices == e).nonzero(as_tuple=True)
-            if len(n):
-                out[n, t] += weights[n, t, i, None] * expert(x[n, t])
+            out[n, t] += weights[n, t, i, None] * self[e](x[n, t])
         return out
 
 
@@ -230,28 +224,26 @@ def speed_up(module: nn.Module) -> None:
     In bfloat16 on a CPU the matrices are packed: they cannot be moved, converted or copied any more.
     """
     weight = next(module.parameters())
-    cpu, packs = weight.device.type == "cpu", packs_on(weight)
+    packs = packs_on(weight)
     for name, child in list(module.named_children()):
-        if isinstance(child, Experts):
-            setattr(module, name, SortedExperts(child, packs) if cpu else StackedExperts(child))
+        if isinstance(child, nn.Linear):
+            setattr(module, name, PackedLinear(child.weight) if packs else child)
         elif isinstance(child, nn.RMSNorm):
             setattr(module, name, Norm(child))
-        elif isinstance(child, nn.Linear):
-            setattr(module, name, PackedLinear(child.weight) if packs else child)
-        elif any(True for _ in child.parameters()):
+        else:
             speed_up(child)
+        if isinstance(child, Experts) and not weight.is_cpu:
+            setattr(module, name, StackedExperts(child))
     if isinstance(module, Attention):
         module.attend = attend_by_head
 
 
 def packs_on(weight: Tensor) -> bool:
     """Whether `PackedLinear` works here: PyTorch does not document its operators, and may lose them."""
+    if weight.dtype != torch.bfloat16 or not weight.is_cpu:
+        return False
     try:
-        return (
-            weight.dtype == torch.bfloat16
-            and weight.is_cpu
-            and PackedLinear(weight.new_ones(8, 8))(weight.new_ones(1, 8)).sum() == 64
-        )
+        return PackedLinear(weight.new_ones(8, 8))(weight.new_ones(1, 8)).sum().item() == 64
     except (AttributeError, RuntimeError):
         return False
 
@@ -269,39 +261,6 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
-
-
-class PackedExpert(nn.Module):
-    """`Expert` in two packed products, gate and up being one: ..."""
-
-    def __init__(self, expert: Expert):
-        super().__init__()
-        self.gate_up_proj = PackedLinear(torch.cat((expert.gate_proj.weight, expert.up_proj.weight)))
-        self.down_proj = PackedLinear(expert.down_proj.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, -1)
-        return self.down_proj(F.silu(gate) * up)
-
-
-class SortedExperts(nn.ModuleList):
-    """`Experts` on CPUs: one sort finds everyone's rows, where asking expert by expert takes ..."""
-
-    def __init__(self, experts: Experts, packs: bool):
-        super().__init__()
-        for e, expert in enumerate(experts):
-            self.append(PackedExpert(expert) if packs else expert)
-            experts[e] = None  # one by one, so that not all of them are in memory twice
-
-    def forward(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-        expert, order = indices.flatten().sort(stable=True)
-        counts = expert.bincount(minlength=len(self)).tolist()
-        rows, weights = order // indices.shape[-1], weights.flatten()[order, None]
-        out, x = torch.zeros_like(x).flatten(0, 1), x.flatten(0, 1)
-        for e, (row, weight) in enumerate(zip(rows.split(counts), weights.split(counts))):
-            if counts[e]:
-                out.index_add_(0, row, self[e](x.index_select(0, row)) * weight)
-        return out.view(*indices.shape[:2], -1)
 
 
 class StackedExperts(nn.Module):
@@ -334,7 +293,7 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        return (x / torch.hypot(length, self.root) * self.weight).to(x.dtype)
+        return (x / torch.hypot(length, self.root)).mul_(self.weight).to(x.dtype)
 
 
 def attend_by_head(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ Section and equation numbers are the paper's. Shapes: n rosters, T positions, E 
 """
 
 import argparse
-import json
 import math
 import os
 import signal
@@ -30,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cache import BranchingCache, SharedCache
-from load import describe, load, printable
+from load import describe, load, printable, read_json
 from model import Config, OLMoE, top_k
 
 TAU = 0.2  # the default temperature; the paper finds values up to 0.5 useful, and larger ones always harmful
@@ -166,7 +165,7 @@ def predict(
     """
     route = roster_route(model.config, rosters, temperatures(model.config, tau), generator, weights)
     tokens = torch.as_tensor(tokens, device=model.device)[None]
-    check_context(model.config, cache.length + tokens.shape[1])
+    check_length(cache.length + tokens.shape[1], 1, model.config)
     if tokens.shape[1] > 1:
         model.hidden(tokens[:, :-1], cache)
     return model(tokens[:, -1:], cache, route)[:, 0].expand(len(my_rows(rosters)), -1)
@@ -184,13 +183,10 @@ def aggregate_processes(logits: Tensor, rosters: int) -> Tensor:
     """`aggregate` over the rosters of all processes, by one all-reduce of [V] probabilities."""
     rank, world = processes()
     if world == 1:
-        log_probs = aggregate(logits)
-    else:
-        total = logits[min(rank, 1) :].float().softmax(-1).sum(0)  # the clean row, which all have, counts for rank 0
-        dist.all_reduce(total)
-        log_probs = total.log() - math.log(rosters)
-    check_finite(log_probs)
-    return log_probs
+        return check_finite(aggregate(logits))
+    total = logits[min(rank, 1) :].float().softmax(-1).sum(0)  # the clean row, which all have, counts for rank 0
+    dist.all_reduce(total)
+    return check_finite(total.log() - math.log(rosters))
 
 
 def choose(log_probs: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
@@ -246,7 +242,7 @@ def generate(
     config, tau = model.config, temperatures(model.config, tau)
     check(rosters=rosters, cache=cache, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     check(weights=weights, margin=margin)
-    check_prompt(config, tokens)
+    check_length(len(tokens), 1, config)
     if cache == "branching" and processes()[1] > 1:
         raise ValueError("the branching cache works in one process only; use the shared cache")
     if cache == "branching" and margin < 1:
@@ -338,11 +334,11 @@ def score(
     """
     config = model.config
     check(seed=seed, margin=margin)
-    check_text(tokens)
+    check_length(len(tokens), 2)
     if processes()[1] > 1:
         raise ValueError("scoring works in one process only; start it without torchrun")
     if history:
-        check_context(config, history.length + len(tokens) - 1)
+        check_length(history.length + len(tokens) - 1, 1, config)
     generator = torch.Generator(model.device).manual_seed(seed)
     route = roster_route(config, rosters, temperatures(config, tau), generator, weights)
     tokens = torch.as_tensor(tokens, device=model.device)
@@ -366,11 +362,13 @@ def score(
                 if watch:
                     watch(logits, log_probs.logsumexp(0) - math.log(rosters), target, cache)
                 progress.update(len(part))
-    check_finite(scores)
-    return scores
+    return check_finite(scores)
 
 
-RANGES = {  # of what a caller may ask for
+# ---- What a caller may ask for --------------------------------------------------------------------------------------
+
+is_number = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)
+RANGES = {
     "rosters": (lambda n: type(n) is int and 1 <= n <= 1024, "a whole number from 1 to 1024"),
     "tau": (lambda tau: is_number(tau) and 0 <= tau <= 100, "a number from 0 to 100"),
     "skip": (lambda n: type(n) is int and n >= 0, "a whole number, at least 0"),
@@ -384,10 +382,6 @@ RANGES = {  # of what a caller may ask for
 }
 
 
-def is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def check(**settings) -> None:
     """Raises ValueError for a setting that is out of its range."""
     for name, value in settings.items():
@@ -396,27 +390,21 @@ def check(**settings) -> None:
             raise ValueError(f"{name} must be {range}, not {value}")
 
 
-def check_prompt(config: Config, tokens: Sequence[int]) -> None:
-    if len(tokens) == 0:
-        raise ValueError("the prompt is empty; give at least one token")
-    check_context(config, len(tokens))
-
-
-def check_text(tokens: Sequence[int]) -> None:
-    if len(tokens) < 2:
-        raise ValueError(f"the text is too short to score: it has {len(tokens)} tokens, at least 2 are needed")
-
-
-def check_context(config: Config, length: int) -> None:
-    if length > config.max_position_embeddings:
+def check_length(length: int, least: int, config: Config | None = None) -> None:
+    """Raises ValueError for too few tokens, or for more than the model's context has room for."""
+    if length < least:
+        raise ValueError(f"the text is too short: it has {length} tokens, at least {least} must be given")
+    if config and length > config.max_position_embeddings:
         raise ValueError(
             f"there are {length} tokens, but the model's context has only {config.max_position_embeddings}"
         )
 
 
-def check_finite(log_probs: Tensor) -> None:
+def check_finite(log_probs: Tensor) -> Tensor:
+    """Raises ValueError where a model's predictions are not numbers."""
     if log_probs.isnan().any():
         raise ValueError("the model's predictions are not finite: its weights are broken, or too large for its dtype")
+    return log_probs
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------
@@ -471,7 +459,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--model", help=model)
     add("--device", default="auto", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
     dtypes = ["auto", "bfloat16", "float16", "float32"]
-    add("--dtype", choices=dtypes, default="auto", help="of the weights [as they are stored]")
+    add("--dtype", choices=dtypes, default="auto", help="of the weights [as stored; small models: float32]")
 
     parser.error = fail
     args = parser.parse_args()
@@ -494,38 +482,32 @@ def fail(message: object) -> NoReturn:
 
 def read_text(args: argparse.Namespace) -> str:
     """The prompt, or the text to be scored."""
-    if args.prompt == "-" and processes()[1] > 1:
+    name, piped = args.ppl or "the prompt", args.prompt == "-"
+    if piped and processes()[1] > 1:
         raise ValueError("several processes cannot share standard input; give the prompt itself")
-    if args.prompt not in (None, "-"):
-        name, data = "the prompt", os.fsencode(args.prompt)
+    if args.prompt is None or piped:  # either may be a pipe or a device without end
+        with sys.stdin.buffer if piped else open(args.ppl, "rb") as file:
+            data = file.read(MOST_BYTES + 1)
     else:
-        name = "the prompt" if args.prompt else args.ppl
-        with sys.stdin.buffer if args.prompt else open(args.ppl, "rb") as file:
-            data = file.read(MOST_BYTES + 1)  # it may be a pipe or a device without end
+        data = os.fsencode(args.prompt)
     if len(data) > MOST_BYTES:
         raise ValueError(f"{name} has more than {MOST_BYTES:,} bytes; give a part of it")
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text (byte {error.start}); convert it first") from error
-    if not text:
-        raise ValueError(f"{name} is empty; give some text")
-    return f"<|endoftext|><|user|>\n{text}\n<|assistant|>\n" if args.chat else text
+    return f"<|endoftext|><|user|>\n{text}\n<|assistant|>\n" if args.chat and text else text
 
 
 def read_tau(argument: str | None) -> float | list[float] | None:
-    """What --tau stands for: a number is a number; anything else is a file."""
+    """What --tau stands for: a number, or else a file."""
     try:
         return None if argument is None else float(argument)
     except ValueError:
         pass
-    try:
-        tau = json.loads(Path(argument).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"tau takes a number or a JSON file with a list of them; {argument} is neither") from error
-    if not isinstance(tau, list):
+    if not Path(argument).exists():
         raise ValueError(f"tau takes a number or a JSON file with a list of them; {argument} is neither")
-    return tau
+    return read_json(Path(argument), list)
 
 
 def shade(text: str, agreement: float, overruled: bool) -> str:
@@ -597,16 +579,14 @@ def main() -> None:
             sys.stdout = sys.stderr = open(os.devnull, "w")
     try:
         # All that can be refused is refused before weights are fetched or read.
-        for n in args.rosters:
-            check(rosters=n)
-        for name in ("skip", "margin", "seed", "max_new_tokens", "temperature", "top_p"):
-            check(**{name: getattr(args, name)})
+        check(**{name: value for name, value in vars(args).items() if name in RANGES.keys() - {"rosters", "tau"}})
+        check(rosters=min(args.rosters), skip=args.skip), check(rosters=max(args.rosters))
         text, tau = read_text(args), read_tau(args.tau)
         if isinstance(tau, list) and args.skip != 1:
             raise ValueError("--skip is for a number; a file of temperatures says what every layer gets")
         _, config, tokenizer = describe(args.model, args.device)
         tau, tokens = temperatures(config, tau, args.skip), tokenizer.encode(text).ids
-        check_text(tokens) if args.prompt is None else check_prompt(config, tokens)
+        check_length(len(tokens), *((2,) if args.prompt is None else (1, config)))
         model, _ = load(args.model, args.device, args.dtype)
         if args.prompt is None:
             print_perplexity(args, model, tokens, tau)

@@ -1,16 +1,18 @@
-"""Measures speed and memory: of this project, of Hugging Face transformers, and of RoE as first written on top of it.
+"""Measures speed and memory: of this project, of Hugging Face transformers, of llama.cpp, of RoE as first written.
 
     python bench/bench.py                              4 layers of OLMoE-1B-7B's shapes and its head, random weights
     python bench/bench.py --layers 16 --systems roe    all 16 of them (13.8 GB)
     python bench/bench.py --layers 0                   the embedded model, as it is
+    python bench/bench.py --check                      every trick of model.py against what it replaces, in a minute
 
 Decoding: milliseconds per token for every number of rosters, after a short and a long history. Prompts: milliseconds to
 the first token. Memory: the peak of a process of its own for every number of rosters. The floor is the time in which a
 plain sum reads the bytes that a token needs: the experts that were really chosen, the other weights and the history.
 
-Every system runs in a process of its own. They take turns, one repeat each, and medians over the repeats are reported,
-so that a machine that slows down slows down all. transformers runs each of its experts implementations, and the faster
-one counts. Above one roster it runs README's "Take it with you" on a batch of n, with a history for each.
+All systems read one checkpoint, written once, and the same prompts. Each runs in a process of its own; they take turns,
+one repeat each, and medians over the repeats are reported, so that a machine that slows down slows down all.
+transformers runs each of its experts implementations, and the faster one counts. Above one roster it runs
+bench/naive.py on a batch of n, with a history for each.
 
 Prints a table and appends one JSON object per result to bench/results/bench.jsonl.
 """
@@ -19,7 +21,6 @@ import argparse
 import functools
 import itertools
 import json
-import re
 import resource
 import statistics
 import subprocess
@@ -28,16 +29,29 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 
 import torch
+from captured import capture
 from effect import ROOT, where
+from naive import add_roe, average
+from safetensors.torch import save_file
 from torch import nn
 
 import roe
-from cache import SharedCache, StaticCache
-from load import load, stored_name
-from model import Config, Linear, OLMoE, pack
+from cache import SharedCache
+from load import EMBEDDED, load, stored_name
+from model import (
+    Config,
+    Norm,
+    OLMoE,
+    PackedLinear,
+    attend,
+    attend_by_head,
+    packs_on,
+)
 
 OLMOE = {  # allenai/OLMoE-1B-7B
     "vocab_size": 50304,
@@ -72,13 +86,24 @@ def build(layers: int, dtype: torch.dtype, device: str) -> OLMoE:
     return model
 
 
-def prepare(model: OLMoE) -> None:
-    """As `load` leaves a model."""
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.weight = nn.Parameter(pack(module.weight), requires_grad=False)
-    if model.device.type == "cuda":
-        model.stack_experts()
+def write(folder: Path, layers: int) -> None:
+    """A checkpoint with random weights as OLMoE's are, with a file for every layer."""
+    model = build(layers, torch.bfloat16, "cpu")
+    files = {}  # {file: {tensor name: tensor}}
+    for name, weight in model.named_parameters():
+        layer = name.split(".")[1] if name.startswith("layers.") else "other"
+        files.setdefault(f"{layer}.safetensors", {})[stored_name(name)] = weight
+    for file, tensors in files.items():
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    index = {"weight_map": {name: file for file, tensors in files.items() for name in tensors}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(asdict(model.config) | {"model_type": "olmoe"}))
+    (folder / "tokenizer.json").write_bytes((EMBEDDED / "tokenizer.json").read_bytes())
+
+
+def random_tokens(vocab_size: int, length: int) -> list[int]:
+    """The same for every system."""
+    return torch.randint(1, vocab_size, (length,), generator=torch.Generator().manual_seed(length)).tolist()
 
 
 def steps(args: argparse.Namespace) -> int:
@@ -100,11 +125,7 @@ class RoE:
     """This project."""
 
     def __init__(self, args: argparse.Namespace):
-        if args.layers:
-            self.model = build(args.layers, getattr(torch, args.dtype), args.device)
-            prepare(self.model)
-        else:
-            self.model, _ = load(None, args.device, args.dtype)
+        self.model, _ = load(args.model, args.device, args.dtype)
         self.tau, self.steps = roe.temperatures(self.model.config, TAU), steps(args)
         self.generator = torch.Generator(self.model.device)
 
@@ -113,41 +134,21 @@ class RoE:
         return roe.aggregate(logits).argmax().item()
 
     def cache(self, history: int, room: int) -> SharedCache:
-        cache = SharedCache(self.model.config, history + room, self.model.dtype, self.model.device)
-        cache.k.fill_(0.01)
-        cache.v.fill_(0.01)
+        cache = SharedCache(self.model.config, history + room)
+        cache.k, cache.v = torch.full((2, *cache.shape), 0.01, dtype=self.model.dtype, device=self.model.device)
         cache.length = history
         return cache
 
     def decode(self, n: int, history: int, captured: bool = False) -> list[float]:
         cache = self.cache(history, 2 * self.steps + 3)  # 3 more to warm up a capture
         self.generator.manual_seed(0)
-        step = self.capture(cache, n) if captured else lambda token: self.step([token], cache, n)
+        step = lambda token: self.step([token], cache, n)
+        if captured:
+            step = capture(self.model, cache, n, self.tau, self.generator)
         return timed(step, self.steps)
 
-    @torch.inference_mode()
-    def capture(self, cache: SharedCache, n: int) -> Callable:
-        """A decoding step as a CUDA graph, which keeps the token that it chose for the next step."""
-        cache, token = StaticCache(cache), torch.ones(1, 1, dtype=torch.long, device=self.model.device)
-        route = roe.stochastic_route(self.model.config, n, self.tau, self.generator)
-
-        def step():
-            logits = self.model(token, cache, route)[:, 0].expand(n, -1)
-            token.copy_(roe.aggregate(logits).argmax())
-
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):  # kernels are chosen and loaded before the capture
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self.generator)
-        with torch.cuda.graph(graph):
-            step()
-        return lambda _: (graph.replay(), token.item())[1]
-
     def prompt(self, n: int, length: int, captured: bool = False) -> list[float]:  # a prompt never is
-        tokens = torch.randint(self.model.config.vocab_size, (length,)).tolist()
+        tokens = random_tokens(self.model.config.vocab_size, length)
         self.step(tokens[:32], self.cache(0, 32), n)
         cache = self.cache(0, length)  # filled, which is not part of reading a prompt
         start = time.perf_counter()
@@ -155,19 +156,22 @@ class RoE:
         return [time.perf_counter() - start]
 
     def cache_bytes(self, n: int, history: int) -> int:
-        return SharedCache(self.model.config, history, self.model.dtype, "meta").nbytes
+        cache = self.cache(history, 0)
+        return cache.nbytes
 
     def floor_bytes(self, n: int, history: int) -> float:
         """Bytes that a decoding step reads, on average."""
         touched = []  # experts
         experts = [layer.mlp.experts for layer in self.model.layers]
-        hooks = [e.register_forward_pre_hook(lambda _, args: touched.append(args[1].unique().numel())) for e in experts]
+        hooks = [e.register_forward_pre_hook(lambda _, args: touched.append(args[2].unique().numel())) for e in experts]
         self.decode(n, history)
         for hook in hooks:
             hook.remove()
         config = self.model.config
         count = 3 * config.hidden_size * config.intermediate_size * sum(touched) / (2 * self.steps)
-        others = [p for name, p in self.model.named_parameters() if ".experts." not in name and "embed" not in name]
+        with torch.device("meta"):
+            plain = OLMoE(config)
+        others = [p for name, p in plain.named_parameters() if ".experts." not in name and "embed" not in name]
         count += sum(p.numel() for p in others)
         return count * self.model.dtype.itemsize + self.cache_bytes(n, history)
 
@@ -184,38 +188,27 @@ class RoE:
 
 
 class Transformers:
-    """Hugging Face transformers; above one roster with README's "Take it with you"."""
+    """Hugging Face transformers; above one roster with bench/naive.py."""
 
     def __init__(self, args: argparse.Namespace):
-        from transformers import OlmoeConfig, OlmoeForCausalLM
+        from transformers import OlmoeForCausalLM
 
-        dtype = getattr(torch, args.dtype)
-        if args.layers:
-            config = OlmoeConfig(num_hidden_layers=args.layers, **OLMOE)
-            with torch.device("meta"):
-                model = OlmoeForCausalLM(config)
-            model = model.to(dtype).to_empty(device=args.device)
-            model.model.rotary_emb = type(model.model.rotary_emb)(config).to(args.device)  # its buffers are not weights
-            fill(model)
-        else:
-            model = OlmoeForCausalLM.from_pretrained(ROOT / "tiny", dtype=dtype).to(args.device)
-        self.model, self.steps = model.eval(), steps(args)
-        self.generator = torch.Generator(args.device)
-        self.naive = {}
-        exec(re.search(r"```python\n(import math.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1], self.naive)
+        folder = args.model or EMBEDDED
+        self.model = OlmoeForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype)).to(args.device).eval()
+        self.steps, self.generator = steps(args), torch.Generator(args.device)
 
     def use(self, n: int, implementation: str) -> None:
         self.model.set_experts_implementation(implementation)
         for layer in self.model.model.layers:
             layer.mlp.gate.__dict__.pop("forward", None)
         if n > 1:
-            self.naive["add_roe"](self.model, n, TAU, self.generator)
+            add_roe(self.model, n, TAU, self.generator)
 
     @torch.inference_mode()
     def step(self, tokens: list[int], cache, n: int) -> int:
         inputs = torch.tensor(tokens, device=self.model.device).expand(n, -1)
         logits = self.model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        return self.naive["average"](logits).argmax().item()
+        return average(logits).argmax().item()
 
     def cache(self, n: int, history: int):
         from transformers import DynamicCache
@@ -234,7 +227,7 @@ class Transformers:
 
     def prompt(self, n: int, length: int, implementation: str) -> list[float]:
         self.use(n, implementation)
-        tokens = torch.randint(self.model.config.vocab_size, (length,)).tolist()
+        tokens = random_tokens(self.model.config.vocab_size, length)
         self.step(tokens[:32], self.cache(n, 0), n)
         start = time.perf_counter()
         self.step(tokens, self.cache(n, 0), n)
@@ -250,7 +243,7 @@ class LlamaCpp:
     def __init__(self, args: argparse.Namespace):
         import xllamacpp
 
-        model = RoE(args).model
+        model, _ = load(args.model, "cpu", args.dtype, fast=False)
         self.file = tempfile.NamedTemporaryFile(suffix=".gguf")
         write_gguf(model, self.file.name)
         params = xllamacpp.CommonParams()
@@ -262,7 +255,7 @@ class LlamaCpp:
         self.server = xllamacpp.Server(params)
 
     def complete(self, length: int, new: int) -> dict:
-        tokens = torch.randint(1, self.vocab_size, (length,)).tolist()
+        tokens = random_tokens(self.vocab_size, length)
         request = {"prompt": tokens, "max_tokens": new, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
         return self.server.handle_completions(request)["timings"]
 
@@ -295,18 +288,17 @@ def write_gguf(model: OLMoE, path: str) -> None:
     writer.add_token_types([gguf.TokenType.NORMAL] * config.vocab_size)
     writer.add_token_merges(["t 1"])
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.OLMOE, config.num_hidden_layers)
-    plain = lambda weight: weight.to_dense() if weight.is_mkldnn else weight
     weights = {stored_name(name): weight for name, weight in model.named_parameters() if ".experts." not in name}
     for i, layer in enumerate(model.layers):
         for part in ("gate_proj", "up_proj", "down_proj"):
-            stacked = torch.stack([plain(expert.get_submodule(part).weight) for expert in layer.mlp.experts])
+            stacked = torch.stack([expert.get_submodule(part).weight for expert in layer.mlp.experts])
             weights[f"model.layers.{i}.mlp.experts.{part}.weight"] = stacked
     for place, weight in weights.items():
         name = names.get_name(place, (".weight",))
         if weight.dim() == 1 or place.endswith(".gate.weight"):  # norms and routers must be float32
             writer.add_tensor(name, weight.float().numpy())
         else:
-            data = plain(weight).to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
+            data = weight.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
             writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType.BF16)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -322,13 +314,18 @@ VARIANTS = {
 }
 
 
+def command(args: argparse.Namespace) -> list[str]:
+    """This program, for a process of its own."""
+    start = [sys.executable, __file__, "--layers", str(args.layers), "--device", args.device, "--dtype", args.dtype]
+    return start + (["--model", args.model] if args.model else [])
+
+
 class Child:
     """A system in a process of its own; `ask` calls one of its methods."""
 
     def __init__(self, system: str, args: argparse.Namespace):
-        command = [sys.executable, __file__, "--serve", system, "--layers", str(args.layers)]
-        command += ["--device", args.device, "--dtype", args.dtype]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        start = [*command(args), "--serve", system]
+        self.process = subprocess.Popen(start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.process.stdout.readline()  # it is ready
 
     def ask(self, method: str, **arguments):
@@ -373,6 +370,46 @@ def print_table(results: list[dict]) -> None:
     print("decode: milliseconds per token; prompt: milliseconds to the first token; peak: megabytes")
 
 
+@torch.inference_mode()
+def check_tricks() -> None:
+    """Prints how many times as fast each trick of model.py is as the plain code, and names what does not pay."""
+    config = Config(num_hidden_layers=1, **OLMOE)
+    random = lambda *shape: torch.randn(shape).bfloat16()
+    rows = lambda n: random(n, config.hidden_size)
+    each = lambda modules, x: [module(x) for module in modules]  # of more memory than caches hold
+    tricks = []  # name, plain, trick
+    if packs_on(random(1)):
+        linears = [nn.Linear(config.hidden_size, config.intermediate_size, bias=False).bfloat16() for _ in range(64)]
+        packed = [PackedLinear(linear.weight) for linear in linears]
+        for n in (1, 8, 32):
+            x = rows(n)
+            tricks.append((f"PackedLinear, {n} rows", lambda x=x: each(linears, x), lambda x=x: each(packed, x)))
+    norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps).bfloat16()
+    quick = Norm(norm)
+    for n in (1, 512):
+        x = rows(n)[None]
+        many = range(32)  # of one call alone, a pause would be all that is seen
+        tricks.append((f"Norm, {n} rows", lambda x=x: [norm(x) for _ in many], lambda x=x: [quick(x) for _ in many]))
+    H, D = config.num_attention_heads, config.head_dim
+    for n, T, S in ((1, 2048, 2047), (1, 1, 2048), (8, 1, 2048), (32, 1, 2048)):
+        # Of more memory than caches hold; and with room for more, since keys that fill it are read faster.
+        shared = [random(1, H, S + 100, D)[:, :, :S] for _ in range(16 if T == 1 else 2)]
+        q, own, pairs = random(n, H, T, D), random(n, H, T, 1, D), list(zip(shared[::2], shared[1::2]))
+        step = lambda attend, q=q, own=own, pairs=pairs: [attend(q, k, v, own, own) for k, v in pairs]
+        what = f"a prompt of {T}" if T > 1 else f"{n} rows after {S} tokens"
+        tricks.append((f"attend_by_head, {what}", lambda s=step: s(attend), lambda s=step: s(attend_by_head)))
+    print(f"torch {torch.__version__}: times as fast as the plain code")
+    for name, *forms in tricks:
+        times = {form: [] for form in forms}
+        for _ in range(7):
+            for form in forms:
+                start = time.perf_counter()
+                form()
+                times[form].append(time.perf_counter() - start)
+        slow, fast = (statistics.median(values[1:]) for values in times.values())
+        print(f"{slow / fast:5.2f}  {name}{'' if slow / fast >= 1.05 else '  <- does not pay here'}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -385,10 +422,24 @@ def main() -> None:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="bfloat16", help="[bfloat16]")
     add("--output", type=Path, default=ROOT / "bench" / "results" / "bench.jsonl", help="appended to")
-    add("--serve", choices=SYSTEMS, help=argparse.SUPPRESS)
+    add("--check", action="store_true", help="compare every trick of model.py with the plain code, and nothing else")
+    add("--serve", choices=[*SYSTEMS, "write"], help=argparse.SUPPRESS)
+    add("--model", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.check:
+        return check_tricks()
+    if args.serve == "write":
+        return write(Path(args.model), args.layers)
     if args.serve:
         return serve(args)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.layers:
+            args.model = folder
+            subprocess.run([*command(args), "--serve", "write"], check=True)
+        measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
     history = args.history or ([32, 2048] if args.layers else [32, 256])
     prompts = args.prompts or ([32, 512, 2048] if args.layers else [32, 256, 480])
 
@@ -431,11 +482,15 @@ def main() -> None:
             child.close()
 
     print_table(results)
+    packages = {"transformers": "transformers", "llama.cpp": "xllamacpp"}
+    versions = {package: metadata.version(package) for system, package in packages.items() if system in args.systems}
     args.output.parent.mkdir(exist_ok=True)
     with open(args.output, "a") as file:
         for result in results:
             file.write(
-                json.dumps(result | {"dtype": args.dtype, "device": args.device} | where(torch.device(args.device)))
+                json.dumps(
+                    result | {"dtype": args.dtype, "device": args.device} | where(torch.device(args.device)) | versions
+                )
                 + "\n"
             )
 

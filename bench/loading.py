@@ -17,30 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 
-import torch
-from effect import EMBEDDED, ROOT, where
-from safetensors.torch import save_file
+from effect import ROOT, where
 
-from bench import build
-from load import load, stored_name
-
-
-def write(folder: Path, layers: int) -> None:
-    """A checkpoint as OLMoE's are, with a file for every layer."""
-    model = build(layers, torch.bfloat16, "cpu")
-    files = {}  # {file: {tensor name: tensor}}
-    for name, weight in model.named_parameters():
-        layer = name.split(".")[1] if name.startswith("layers.") else "other"
-        files.setdefault(f"{layer}.safetensors", {})[stored_name(name)] = weight
-    for file, tensors in files.items():
-        save_file(tensors, folder / file)
-    index = {"weight_map": {name: file for file, tensors in files.items() for name in tensors}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(asdict(model.config) | {"model_type": "olmoe"}))
-    (folder / "tokenizer.json").write_bytes((EMBEDDED / "tokenizer.json").read_bytes())
+from bench import write
+from load import load
 
 
 def serve(what: str, folder: Path) -> None:

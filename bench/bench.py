@@ -444,7 +444,7 @@ def measure(args: argparse.Namespace) -> None:
     prompts = args.prompts or ([32, 512, 2048] if args.layers else [32, 256, 480])
 
     tasks = [{"method": "decode", "n": n, "history": length} for length in history for n in args.rosters]
-    tasks += [{"method": "prompt", "n": n, "length": length} for length in prompts for n in (1, 8)]
+    tasks += [{"method": "prompt", "n": 1, "length": length} for length in prompts]
 
     children = {system: Child(system, args) for system in args.systems}
     seconds, bandwidth = defaultdict(list), []

@@ -95,7 +95,7 @@ def write(folder: Path, layers: int) -> None:
         files.setdefault(f"{layer}.safetensors", {})[stored_name(name)] = weight
     for file, tensors in files.items():
         save_file(tensors, folder / file, metadata={"format": "pt"})
-    index = {"weight_map": {name: file for file, tensors in files.items() for name in tensors}}
+    index = {"metadata": {}, "weight_map": {name: file for file, tensors in files.items() for name in tensors}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(asdict(model.config) | {"model_type": "olmoe"}))
     (folder / "tokenizer.json").write_bytes((EMBEDDED / "tokenizer.json").read_bytes())

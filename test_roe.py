@@ -1012,7 +1012,10 @@ BAD_MODELS = {
     "config not an object": (file_with("config.json", "[]"), "is not a JSON object"),
     "config lacks a field": (config_with(num_experts=None), "num_experts must be of type int"),
     "not OLMoE": (config_with(model_type="llama"), "model_type 'llama' is not implemented"),
-    "no model type": (config_with(model_type=None), "model_type None is not implemented"),
+    "no model type": (
+        lambda path: rewrite(path / "config.json", lambda content: content.pop("model_type")),
+        "model_type None is not implemented",
+    ),
     "hidden_act": (config_with(hidden_act="gelu"), "hidden_act 'gelu' is not implemented"),
     "attention bias": (config_with(attention_bias=True), "attention_bias True is not implemented"),
     "rope scaling": (

@@ -1,16 +1,11 @@
 """Roster of Experts (arXiv 2509.17238) for mlx-lm: n noisy routes for each token, one clean history, one average.
 
-    model, tokenizer = mlx_lm.load("mlx-community/OLMoE-1B-7B-0125-Instruct-4bit")
-    add_roe(model, rosters=8)
-    for token in generate(model, tokenizer.encode("Once upon a time"), stop=tokenizer.eos_token_ids): ...
-
-The rosters are the rows of a batch; row 0 is the clean path. Noise goes onto the logits R that a router's linear layer
-puts out, and the router does with them what it always does: the chosen experts are mixed by R + tau G ("perturbed
-weights"). To mix them by R alone, the letter of equation 1, would take rewriting every router. Quantise before add_roe.
+A roster is a row of the batch, row 0 the clean path. Noise goes onto the logits R of a router's linear layer, and the
+router does the rest as ever: R + tau G also mixes the chosen experts ("perturbed weights"), since to have R do so, the
+letter of equation 1, would take rewriting every router. Quantise a model before `add_roe`, not after.
 """
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -21,7 +16,6 @@ import mlx.nn as nn
 import mlx_lm
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
-from mlx_lm.sample_utils import make_sampler
 
 
 def gumbel(shape, key):
@@ -29,18 +23,14 @@ def gumbel(shape, key):
     return mx.random.gumbel(shape, key=key)
 
 
-class Clean:
-    """The Clean Cache (section 2.3) of a layer: keeps row 0; every row sees what it keeps and its own current token."""
-
-    def update_and_fetch(self, keys, values):  # [n, Hk, T, D] of T new tokens -> [n, Hk, S, D] of all that is visible
-        (n, _, T, _), history = keys.shape, super().update_and_fetch(keys[:1], values[:1])
+class CleanCache:
+    def update_and_fetch(self, keys, values):
+        """The Clean Cache (section 2.3): keeps row 0 of [n, Hk, T, D]; a row sees what is kept and its own T tokens."""
+        (n, _, T, _), kept = keys.shape, super().update_and_fetch(keys[:1], values[:1])
         if n == 1:
-            return history
-        end = getattr(self, "_idx", self.offset)  # a sliding window is a ring, written up to _idx
-        rows = [mx.repeat(kept, n, axis=0) for kept in history]  # only until this layer's attention is done
-        for row, own in zip(rows, (keys, values)):
-            row[..., end - T : end, :] = own
-        return rows
+            return kept
+        start = mx.array([getattr(self, "_idx", self.offset) - T])  # a sliding window is a ring, written up to _idx
+        return [mx.slice_update(mx.repeat(x, n, axis=0), own, start, axes=[2]) for x, own in zip(kept, (keys, values))]
 
 
 def clean_cache(model):
@@ -49,57 +39,50 @@ def clean_cache(model):
     for cache in caches:
         if type(cache) not in (KVCache, RotatingKVCache):
             raise ValueError(f"{model.model_type} keeps {type(cache).__name__}; RoE needs layers with a plain KVCache")
-        cache.__class__ = type(f"Clean{type(cache).__name__}", (Clean, type(cache)), {})
+        cache.__class__ = type(f"Clean{type(cache).__name__}", (CleanCache, type(cache)), {})
     return caches
 
 
 def add_roe(model, rosters, tau=0.2, skip=1, seed=0):
-    """Makes the routers noisy (equation 1) at the last position of rows 1 to n - 1, in a batch of n > 1 equal rows.
+    """Makes routers noisy (equation 1) at the last position of rows 1 to n - 1; a single row runs the plain model.
 
-    rosters: the n of `generate`. tau: one number for all mixture layers but the first and last `skip`, or a list of one
+    rosters: the n of `generate`. tau: a number for all mixture layers but the first and last `skip`, or a list of one
     per mixture layer. Raises ValueError: a model or an argument with which this cannot be done.
     """
-    if hasattr(model, "roe") or rosters < 1 or skip < 0:
-        raise ValueError("RoE needs a model without RoE (see remove_roe), at least 1 roster and a skip of at least 0")
+    remove_roe(model)
     clean_cache(model)
-    routers, name = [], model.model_type
-    for i, layer in enumerate(model.layers):
-        modules = layer.named_modules()
-        experts = {len(m.weight) for _, m in modules if isinstance(m, (SwitchLinear, QuantizedSwitchLinear))}
-        linear = [(path, m) for path, m in modules if isinstance(m, (nn.Linear, nn.QuantizedLinear))]
-        named = [m for path, m in linear if {"gate", "router"} & {*path.split(".")[-2:]} and len(m.weight) in experts]
-        if len(named) != len(experts):
-            raise ValueError(f"{name}: layer {i} has experts, but no router that is a linear layer `gate` or `router`")
-        routers += named
-    if isinstance(tau, (int, float)):
-        tau = [tau if skip <= i < len(routers) - skip else 0 for i in range(len(routers))]
-    if not routers or len(tau) != len(routers) or not all(0 <= t < math.inf for t in tau):
-        raise ValueError(f"{name} has {len(routers)} mixture layers; give tau >= 0, one or as many as they are, not {tau}")
+    routers = []
+    for layer in model.layers:
+        experts = {len(m.weight) for m in layer.modules() if isinstance(m, (SwitchLinear, QuantizedSwitchLinear))}
+        named = [m for path, m in layer.named_modules() if {"gate", "router"} & {*path.split(".")[-2:]}]
+        linear = [m for m in named if isinstance(m, (nn.Linear, nn.QuantizedLinear)) and len(m.weight) in experts]
+        routers += linear if len(linear) == len(experts) else [None]
+    if not routers or None in routers:
+        raise ValueError(f"no router was found in {model.model_type}: RoE needs linear layers named gate or router")
+    tau = tau if isinstance(tau, list) else [tau if skip <= i < len(routers) - skip else 0 for i in range(len(routers))]
+    if rosters < 1 or skip < 0 or len(tau) != len(routers) or not all(0 <= t < math.inf for t in tau):
+        raise ValueError(f"{rosters=} must be at least 1, {skip=} and {tau=} at least 0, a list {len(routers)} long")
     roe = SimpleNamespace(rosters=rosters, rows=1, seed=seed, key=mx.random.key(seed))
 
-    def noisy(plain, tau):
-        def call(self, x):
-            logits = plain(self, x)
-            if roe.rows == 1:
-                return logits
-            roe.key, key = mx.random.split(roe.key)
-            noise = tau * gumbel((roe.rows - 1, logits.shape[-1]), key)
-            by_row = logits.reshape(roe.rows, -1, logits.shape[-1])  # some models flatten rows and positions
-            return by_row.at[1:, -1].add(noise.astype(logits.dtype)).reshape(logits.shape)
-
-        return call
+    def noisy(self, x):
+        logits = type(self).__base__.__call__(self, x)
+        if roe.rows == 1:
+            return logits
+        roe.key, key = mx.random.split(roe.key)
+        noise = self.tau * gumbel((roe.rows - 1, logits.shape[-1]), key)
+        by_row = logits.reshape(roe.rows, -1, logits.shape[-1])  # some models flatten rows and positions
+        return by_row.at[1:, -1].add(noise.astype(logits.dtype)).reshape(logits.shape)
 
     def forward(self, inputs, *args, **kwargs):
         roe.rows = len(inputs)
         return type(self).__base__.__call__(self, inputs, *args, **kwargs)
 
-    calls = [(router, noisy(type(router).__call__, t)) for router, t in zip(routers, tau) if t > 0]
-    for module, call in [*calls, (model, forward)]:  # each stays in place and gets a class derived from its own
-        module.__class__ = type(type(module).__name__, (type(module),), {"__call__": call, "roe": roe})
+    for module, call, t in [(model, forward, 0), *((r, noisy, t) for r, t in zip(routers, tau) if t > 0)]:
+        module.__class__ = type(type(module).__name__, (type(module),), {"__call__": call, "roe": roe, "tau": t})
 
 
 def remove_roe(model):
-    """Undoes `add_roe`."""
+    """Undoes `add_roe`, which moves no module and no weight: it gives modules a class derived from their own."""
     for module in model.modules():
         if hasattr(module, "roe"):
             module.__class__ = type(module).__base__
@@ -113,8 +96,7 @@ def average(logits):
 def generate(model, tokens, max_new_tokens=128, sampler=None, stop=()):
     """Yields new token ids. Reads the prompt, a list of ids, with one row, and goes on from its last token with all.
 
-    sampler: one of mlx_lm's; None: greedy. stop: ids before which the text ends. The noise starts from `add_roe`'s seed.
-    `model.roe.cache` and `model.roe.overruled` (of how many tokens the clean row was not the average) are for looking.
+    sampler: mlx_lm's; None: greedy. stop: ids that end the text. `model.roe` shows the cache and counts the overruled.
     """
     if not hasattr(model, "roe") or len(tokens) == 0:
         raise ValueError("generate needs a model with RoE (see add_roe) and a prompt of at least one token")
@@ -137,23 +119,24 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.error = lambda message: parser.exit(2, f"roe_mlx.py: error: {' '.join(str(message).split())}\n")
     parser.add_argument("--model", required=True, help="hub id or directory")
-    parser.add_argument("--prompt", required=True, help="- reads it from standard input")
+    read = lambda text: sys.stdin.read() if text == "-" else text
+    parser.add_argument("--prompt", required=True, type=read, help="- reads it from standard input")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the tokenizer's chat template")
-    parser.add_argument("--tau", type=json.loads, default=0.2, help="a number, or a JSON list of one per mixture layer")
-    defaults = {"rosters": 4, "skip": 1, "seed": 0, "max_new_tokens": 128, "temperature": 0.0, "top_p": 1.0}
+    defaults = {"rosters": 4, "tau": 0.2, "skip": 1, "seed": 0, "max_new_tokens": 128, "temperature": 0.0, "top_p": 1.0}
     for name, default in defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"[{default}]")
     args, times = parser.parse_args(), []
+    if args.max_new_tokens < 1 or not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
+        parser.error("--max-new-tokens must be at least 1, --temperature at least 0, --top-p above 0 and at most 1")
     try:
-        text = sys.stdin.read() if args.prompt == "-" else args.prompt
         model, tokenizer = mlx_lm.load(args.model)
         if mx.default_device() == mx.cpu:
             model.set_dtype(mx.float32)  # on CPUs, MLX multiplies experts in no other
-        chat = [{"role": "user", "content": text}]
-        tokens = tokenizer.apply_chat_template(chat, add_generation_prompt=True) if args.chat else tokenizer.encode(text)
+        encode, chat = tokenizer.apply_chat_template, [{"role": "user", "content": args.prompt}]
+        tokens = encode(chat, add_generation_prompt=True) if args.chat else tokenizer.encode(args.prompt)
         add_roe(model, args.rosters, args.tau, args.skip, args.seed)
         mx.random.seed(args.seed)
-        sampler, words = make_sampler(args.temperature, args.top_p), tokenizer.detokenizer
+        sampler, words = mlx_lm.sample_utils.make_sampler(args.temperature, args.top_p), tokenizer.detokenizer
         for token in generate(model, tokens, args.max_new_tokens, sampler, tokenizer.eos_token_ids):
             times.append(time.perf_counter())
             words.add_token(token)
@@ -163,9 +146,6 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         parser.error(error)
     speed = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else math.nan
-    print(
-        f"{len(times)} tokens, {speed:.1f} tokens/s, rosters: {args.rosters}, cache: "
-        f"{sum(cache.nbytes for cache in model.roe.cache):,} bytes; the average overruled the clean roster on "
-        f"{model.roe.overruled} of the tokens",
-        file=sys.stderr,
-    )
+    nbytes, overruled = sum(cache.nbytes for cache in model.roe.cache), model.roe.overruled
+    line = f"{len(times)} tokens, {speed:.1f} tokens/s, rosters: {args.rosters}, cache: {nbytes:,} bytes; "
+    print(f"{line}the average overruled the clean roster on {overruled} of the tokens", file=sys.stderr)

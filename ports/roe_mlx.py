@@ -35,8 +35,7 @@ class CleanCache:
 
 def clean_cache(model):
     """The model's own caches, one per layer, made clean. Raises ValueError if they keep more than keys and values."""
-    caches = make_prompt_cache(model)
-    for cache in caches:
+    for cache in (caches := make_prompt_cache(model)):
         if type(cache) not in (KVCache, RotatingKVCache):
             raise ValueError(f"{model.model_type} keeps {type(cache).__name__}; RoE needs layers with a plain KVCache")
         cache.__class__ = type(f"Clean{type(cache).__name__}", (CleanCache, type(cache)), {})

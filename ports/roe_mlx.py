@@ -142,8 +142,8 @@ if __name__ == "__main__":
             print(words.last_segment, end="", flush=True)
         words.finalize()
         print(words.last_segment, flush=True)
-    except (ValueError, OSError) as error:
-        parser.error(error)
+    except (ValueError, OSError, RuntimeError, KeyError, TypeError) as error:  # what mlx_lm.load raises on broken files
+        parser.error(f"{args.model}: {error}")
     speed = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else math.nan
     nbytes, overruled = sum(cache.nbytes for cache in model.roe.cache), model.roe.overruled
     line = f"{len(times)} tokens, {speed:.1f} tokens/s, rosters: {args.rosters}, cache: {nbytes:,} bytes; "

@@ -50,7 +50,9 @@ REFUSED = {
 
 import copy
 import importlib
+import json
 import math
+import os
 import random
 import re
 import runpy
@@ -402,3 +404,16 @@ def test_program_refuses_in_one_line(arguments, word, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert error.value.code == 2 and out == ""
     assert re.fullmatch(r"roe_mlx.py: error: [^\n]+\n", err) and word in err
+
+
+@pytest.mark.parametrize("broken", ["config.json lacks hidden_size", "weights are cut short"])
+def test_program_refuses_broken_models_in_one_line(broken, tmp_path, monkeypatch, capsys):
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((ROOT / "tiny" / name).read_bytes())
+    if broken == "weights are cut short":
+        os.truncate(tmp_path / "model.safetensors", 100_000)
+    else:
+        config = json.loads((tmp_path / "config.json").read_text())
+        del config["hidden_size"]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    test_program_refuses_in_one_line(["--prompt", "x", "--model", str(tmp_path)], str(tmp_path), monkeypatch, capsys)

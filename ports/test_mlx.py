@@ -1,0 +1,419 @@
+"""Tests of roe_mlx.py against mlx-lm's own generation, against runs of single rows, and against roe.py.
+
+FAMILIES and REFUSED say what is tested. They are literals, so that a reader of this file needs no mlx.
+"""
+
+# Models of mlx-lm, by the names of its files: each row of each is held against a run of its own, quantised ones too.
+FAMILIES = [
+    "Klear",
+    "afmoe",
+    "bailing_moe",
+    "ernie4_5_moe",
+    "gemma4_text",
+    "gpt_oss",
+    "granitemoe",
+    "hunyuan",
+    "laguna",
+    "mellum",
+    "minimax",
+    "mistral4",
+    "mixtral",
+    "olmoe",
+    "phimoe",
+    "phixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "qwen3_vl_moe",
+    "step3p5",
+]
+# Models that add_roe refuses, and the reason that it gives.
+REFUSED = {
+    "dbrx": "no router was found",
+    "deepseek": "no router was found",
+    "deepseek_v3": "no router was found",
+    "dots1": "no router was found",
+    "exaone_moe": "no router was found",
+    "glm4_moe": "no router was found",
+    "glm4_moe_lite": "no router was found",
+    "granitemoehybrid": "keeps ArraysCache",
+    "jamba": "keeps ArraysCache",
+    "kimi_linear": "keeps ArraysCache",
+    "lfm2_moe": "keeps ArraysCache",
+    "llama": "no router was found",
+    "llama4": "keeps ChunkedKVCache",
+    "longcat_flash": "keeps CacheList",
+    "mimo_v2_flash": "no router was found",
+    "minimax_m3_vl": "keeps CacheList",
+    "qwen3_next": "keeps ArraysCache",
+    "solar_open": "no router was found",
+}
+
+import copy
+import importlib
+import json
+import math
+import os
+import random
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+mx = pytest.importorskip("mlx.core", reason="MLX is not installed")
+pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
+
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_model
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "ports")]
+
+import roe_mlx
+
+# MLX computes in float32 on CPUs; rows of a batch may be summed in another order than a row alone. Logits are about 3.
+TOLERANCE = 2e-5
+PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46]  # longer than the window of 4 tokens
+
+# What a family does not know of these, it ignores. Four layers, eight experts, four heads on two for keys and values.
+COMMON = {
+    **{"hidden_size": 64, "num_hidden_layers": 4, "vocab_size": 100, "intermediate_size": 64},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "use_qk_norm": True},
+    **{"num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "moe_num_experts": 8},
+    **{"num_experts_per_tok": 2, "num_experts_per_token": 2, "moe_k": 2, "moe_top_k": 2, "moe_topk": 2},
+    **{"moe_intermediate_size": 32, "n_shared_experts": 1, "num_shared_experts": 1},
+    **{"shared_expert_intermediate_size": 32, "shared_intermediate_size": 32},
+    **{"norm_topk_prob": True, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "routed_scaling_factor": 1.0},
+    **{"n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    **{"rms_norm_eps": 1e-5, "max_position_embeddings": 512, "rope_theta": 1e4, "rope_scaling": None},
+    **{"tie_word_embeddings": False, "attention_bias": False, "use_bias": False},
+    **{"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    **{"kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32},
+}
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0] * 8}
+LONGROPE |= {"short_mscale": 1.0, "long_mscale": 1.0, "original_max_position_embeddings": 512}
+YARN = {"type": "yarn", "rope_type": "yarn", "rope_theta": 1e4, "factor": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+YARN |= {"original_max_position_embeddings": 512, "llama_4_scaling_beta": 0.1}
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+MULTIPLIERS = {"logits_scaling": 1.0, "attention_multiplier": 0.25}
+MULTIPLIERS |= {"embedding_multiplier": 1.0, "residual_multiplier": 1.0}
+OWN = {  # what a family needs beside COMMON
+    "afmoe": {"num_dense_layers": 0},
+    "gemma4_text": {"enable_moe_block": True, "top_k_experts": 2, "num_kv_shared_layers": 0, "global_head_dim": 16}
+    | {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 100},
+    "granitemoe": MULTIPLIERS,
+    "hunyuan": {"num_shared_expert": 1, "use_mixed_mlp_moe": True, "use_cla": True, "cla_share_factor": 2}
+    | {"rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 1000.0}},
+    "laguna": {"mlp_layer_types": ["sparse"] * 4},
+    "mellum": {"rope_parameters": {"full_attention": PLAIN, "sliding_attention": PLAIN}},
+    "minimax": {"rotary_dim": 8},
+    "mistral4": {"head_dim": None, "rope_parameters": YARN},
+    "phimoe": {"rope_scaling": LONGROPE, "original_max_position_embeddings": 512},
+    "phixtral": {"num_vocab": 100, "model_dim": 64, "num_heads": 4, "num_layers": 4, "rotary_dim": 8},
+    "qwen3_vl_moe": {"text_config": COMMON | {"model_type": "qwen3_moe"}},
+    "step3p5": {"num_attention_groups": 2, "share_expert_dim": 32, "moe_layers_enum": "0,1,2,3"},
+    # refused
+    "dbrx": {
+        "d_model": 64,
+        "n_layers": 4,
+        "n_heads": 4,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
+    }
+    | {"ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 8, "moe_top_k": 2}},
+    "dots1": {"scoring_func": "noaux_tc"},
+    "exaone_moe": {"is_moe_layer": [True] * 4},
+    "glm4_moe": {"partial_rotary_factor": 0.5},
+    "granitemoehybrid": MULTIPLIERS
+    | {"layer_types": ["mamba", "attention"] * 2, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_proj_bias": False}
+    | {"mamba_d_state": 8, "mamba_d_conv": 4, "mamba_n_groups": 1, "mamba_conv_bias": True},
+    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 0, "expert_layer_period": 1}
+    | {"mamba_d_conv": 4, "mamba_d_state": 8, "mamba_expand": 2},
+    "kimi_linear": {
+        "model_max_length": 512,
+        "linear_attn_config": {"kda_layers": [1, 3], "full_attn_layers": [2, 4]}
+        | {"num_heads": 4, "head_dim": 16, "short_conv_kernel_size": 4},
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "conv_L_cache": 3, "conv_bias": False}
+    | {"use_expert_bias": True, "num_dense_layers": 0, "norm_eps": 1e-5},
+    "llama4": {
+        "text_config": COMMON
+        | {"model_type": "llama4_text", "num_experts_per_tok": 1, "attention_chunk_size": 4}
+        | {"interleave_moe_layer_step": 1, "intermediate_size_mlp": 64}
+    },
+    "longcat_flash": {"num_layers": 2, "attention_method": "MLA", "mla_scale_q_lora": True, "mla_scale_kv_lora": True}
+    | {"zero_expert_type": "identity", "zero_expert_num": 2, "ffn_hidden_size": 64, "expert_ffn_hidden_size": 32},
+    "mimo_v2_flash": {"hybrid_layer_pattern": [0, 1] * 2, "moe_layer_freq": [1] * 4, "sliding_window_size": 4}
+    | {"add_swa_attention_sink_bias": True, "add_full_attention_sink_bias": False, "layernorm_epsilon": 1e-5}
+    | {"swa_rope_theta": 1e4, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "partial_rotary_factor": 0.5}
+    | {"swa_head_dim": 16, "swa_v_head_dim": 16},
+    "minimax_m3_vl": {"text_config": COMMON | {"model_type": "minimax_m3", "moe_layer_freq": [1] * 4}},
+    "qwen3_next": {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16}
+    | {"linear_value_head_dim": 16, "linear_conv_kernel_dim": 4, "partial_rotary_factor": 0.5},
+    "solar_open": {"partial_rotary_factor": 1.0},
+}
+
+
+def build(family, quantised=False):
+    """A small model with random weights, the same for every call; no weight is 0 or 1, as some are initialised."""
+    module = importlib.import_module(f"mlx_lm.models.{family}")
+    mx.random.seed(0)
+    model = module.Model(module.ModelArgs.from_dict(COMMON | {"model_type": family} | OWN.get(family, {})))
+    model.update(tree_map(lambda weight: weight + 0.1 * mx.random.normal(weight.shape), model.parameters()))
+    if quantised:
+        nn.quantize(model, group_size=32, bits=8)
+    mx.eval(model.eval().parameters())
+    return model
+
+
+def plain_tokens(model, count):
+    """What mlx-lm itself writes after PROMPT."""
+    return [token for token, _ in generate_step(mx.array(PROMPT), model, max_tokens=count)]
+
+
+def noisy_routers(model):
+    """The names of the routers that have noise, in the order of the layers."""
+    names = [name for name, module in model.named_modules() if module is not model and hasattr(module, "roe")]
+    return sorted(names, key=lambda name: int(re.search(r"\d+", name).group()))
+
+
+def run_alone(model, biases, token, cache):
+    """Logits [V] of the plain model after one more token, with noise [E] as a bias of each named router."""
+    modules = dict(model.named_modules())
+    before = {name: modules[name].get("bias") for name in biases}
+    for name, bias in biases.items():
+        modules[name].bias = bias if before[name] is None else before[name] + bias
+    logits = model(mx.array([[token]]), cache=cache)[0, -1]
+    mx.eval(logits, [layer.state for layer in cache])
+    for name, bias in before.items():
+        if bias is None:
+            del modules[name].bias
+        else:
+            modules[name].bias = bias
+    return logits
+
+
+@pytest.fixture
+def noise(monkeypatch):
+    """A list of all noise that is drawn from now on."""
+    drawn, gumbel = [], roe_mlx.gumbel
+    monkeypatch.setattr(roe_mlx, "gumbel", lambda shape, key: drawn.append(gumbel(shape, key)) or drawn[-1])
+    return drawn
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["float32", "8bit"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_row_equals_a_run_of_its_own(family, quantised, noise):
+    model, alone = build(family, quantised), build(family, quantised)
+    tau = [0.0, 0.3, 0.6, 0.0]
+    roe_mlx.add_roe(model, 4, tau)
+    routers = noisy_routers(model)
+    assert len(routers) == 2
+    clean, history = roe_mlx.clean_cache(model), make_prompt_cache(alone)
+    model(mx.array([PROMPT]), cache=clean)
+    alone(mx.array([PROMPT]), cache=history)
+    assert not noise  # one row is the clean path
+    for token in (7, 1, 8, 28, 18):
+        rows = model(mx.full((4, 1), token), cache=clean)[:, -1]
+        assert [g.shape for g in noise] == [(3, 8), (3, 8)]
+        expected = []
+        for row in range(1, 4):
+            biases = {name: t * g[row - 1] for name, t, g in zip(routers, tau[1:3], noise)}
+            expected.append(run_alone(alone, biases, token, copy.deepcopy(history)))
+        expected = mx.stack([run_alone(alone, {}, token, history), *expected])
+        assert mx.abs(rows - expected).max().item() < TOLERANCE
+        assert mx.abs(rows[1:] - rows[0]).max().item() > 1000 * TOLERANCE  # the noise does something
+        noise.clear()
+    assert [layer.nbytes for layer in clean] == [layer.nbytes for layer in history]  # those of one sequence
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_noise_it_writes_what_mlx_lm_writes(family):
+    model = build(family)
+    expected = plain_tokens(model, 8)
+    weights = [(name, id(weight)) for name, weight in tree_flatten(model.parameters())]
+    traces = [(name, id(module), type(module), dict(vars(module))) for name, module in model.named_modules()]
+    for rosters, tau in ((1, 0.5), (3, 0.0)):
+        roe_mlx.add_roe(model, rosters, tau)
+        assert list(roe_mlx.generate(model, PROMPT, 8)) == expected
+    roe_mlx.add_roe(model, 3, 0.5)
+    assert plain_tokens(model, 8) == expected  # one row is the plain model
+    noisy = list(roe_mlx.generate(model, PROMPT, 8))
+    assert list(roe_mlx.generate(model, PROMPT, 8)) == noisy  # one seed, one text
+    roe_mlx.remove_roe(model)
+    assert [(name, id(module), type(module), dict(vars(module))) for name, module in model.named_modules()] == traces
+    assert [(name, id(weight)) for name, weight in tree_flatten(model.parameters())] == weights
+    assert plain_tokens(model, 8) == expected
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_refuses_by_name(family):
+    model = build(family)
+    with pytest.raises(ValueError, match=REFUSED[family]) as error:
+        roe_mlx.add_roe(model, 4)
+    assert family in str(error.value) and "\n" not in str(error.value)
+    assert not any(hasattr(module, "roe") for module in model.modules())
+
+
+def test_prompts_longer_than_a_chunk(noise):
+    """The prompt is read in pieces of 2,048 tokens, by one row."""
+    model = build("gpt_oss")
+    random.seed(0)
+    prompt = [random.randrange(100) for _ in range(2100)]
+    roe_mlx.add_roe(model, 2, 0.0)
+    expected = [token for token, _ in generate_step(mx.array(prompt), model, max_tokens=4)]
+    assert list(roe_mlx.generate(model, prompt, 4)) == expected
+
+
+def test_rows_may_read_several_tokens_at_once(noise):
+    """Noise is for the last position only: positions before it are as if the clean path had read them."""
+    model = build("gpt_oss")
+    roe_mlx.add_roe(model, 3, 0.5)
+    at_once, in_turn = roe_mlx.clean_cache(model), roe_mlx.clean_cache(model)
+    rows = model(mx.array([PROMPT] * 3), cache=at_once)[:, -1]
+    first = list(noise)
+    model(mx.array([PROMPT[:-1]]), cache=in_turn)
+    replay = iter(first)
+    roe_mlx.gumbel = lambda shape, key: next(replay)  # the fixture puts it back
+    expected = model(mx.full((3, 1), PROMPT[-1]), cache=in_turn)[:, -1]
+    assert mx.abs(rows - expected).max().item() < TOLERANCE
+
+
+def test_gumbel_noise():
+    """Mean and variance of Gumbel(0, 1) are Euler's constant and pi^2 / 6; 5 standard errors at 100,000 draws."""
+    draws = roe_mlx.gumbel((1000, 100), mx.random.key(0))
+    assert draws.dtype == mx.float32
+    assert abs(draws.mean().item() - 0.5772157) < 5 * math.sqrt(math.pi**2 / 6 / 1e5)
+    assert abs(draws.var().item() - math.pi**2 / 6) < 5 * math.sqrt(4.4 / 1e5) * math.pi**2 / 6  # excess kurtosis 2.4
+
+
+def test_average_is_the_log_of_the_mean_probability():
+    mx.random.seed(0)
+    logits = 5 * mx.random.normal((3, 7))
+    total = [0.0] * 7
+    for row in logits.tolist():
+        weights = [math.exp(value) for value in row]
+        total = [mean + weight / sum(weights) / 3 for mean, weight in zip(total, weights)]
+    assert roe_mlx.average(logits).tolist() == pytest.approx([math.log(mean) for mean in total], abs=1e-5)
+
+
+def test_generation_stops_and_samples():
+    model = build("olmoe")
+    roe_mlx.add_roe(model, 3, 0.3)
+    tokens = list(roe_mlx.generate(model, PROMPT, 8))
+    stop = tokens[5]
+    assert list(roe_mlx.generate(model, PROMPT, 8, stop={stop})) == tokens[: tokens.index(stop)]
+    least = lambda log_probs: log_probs.argmin(-1)
+    worst = next(roe_mlx.generate(model, PROMPT, 1, sampler=least))
+    assert worst not in (tokens[0], stop)
+    with pytest.raises(ValueError, match="at least one token"):
+        next(roe_mlx.generate(model, [], 8))
+    roe_mlx.remove_roe(model)
+    with pytest.raises(ValueError, match="add_roe"):
+        next(roe_mlx.generate(model, PROMPT, 8))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"rosters": 0}, {"skip": -1}, {"tau": -0.1}, {"tau": math.nan}, {"tau": math.inf}, {"tau": [0.1] * 3}],
+    ids=str,
+)
+def test_refuses_bad_arguments(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        roe_mlx.add_roe(build("olmoe"), **{"rosters": 4, **arguments})
+
+
+# ---- The embedded model ---------------------------------------------------------------------------------------------
+
+
+def reference(model, tokens, cache, rosters, tau):
+    """roe.py's logits [rosters, V] after `tokens`, with perturbed weights. The one place that knows its signatures."""
+    import torch
+
+    import roe
+
+    return roe.predict(model, tokens, cache, rosters, tau, torch.Generator(), weights="perturbed")
+
+
+def test_equals_roe_on_the_embedded_model(monkeypatch):
+    """Both draw the same noise, and both must give the same rows, step by step; float32 over 6 layers allows 1e-3."""
+    torch = pytest.importorskip("torch", reason="torch, which roe.py needs, is not installed")
+    import cache as roe_cache
+    import load
+    import roe
+
+    torch.set_num_threads(1)
+    theirs, tokenizer = load.load(None, "cpu", "float32")
+    ours, _ = load_model(ROOT / "tiny")
+    ours.set_dtype(mx.float32)
+    rosters, tau, prompt = 5, [0.0, 0.6, 0.3, 0.6, 0.3, 0.0], tokenizer.encode("def main(arguments):\n").ids
+
+    def gumbel(shape):
+        return [[-math.log(random.expovariate(1)) for _ in range(shape[-1])] for _ in range(shape[0])]
+
+    monkeypatch.setattr(roe_mlx, "gumbel", lambda shape, key: mx.array(gumbel(shape)))
+    monkeypatch.setattr(roe, "gumbel", lambda shape, generator: torch.tensor(gumbel(shape)).view(shape))
+    seen = []
+    average = roe_mlx.average
+    monkeypatch.setattr(roe_mlx, "average", lambda logits: seen.append(logits.tolist()) or average(logits))
+    roe_mlx.add_roe(ours, rosters, tau)
+    random.seed(0)
+    written = list(roe_mlx.generate(ours, prompt, 12))
+
+    random.seed(0)
+    cache, tokens = roe_cache.SharedCache(theirs.config, 512), prompt
+    for step, token in enumerate(written):
+        logits = reference(theirs, tokens, cache, rosters, tau)
+        assert (logits - torch.tensor(seen[step])).abs().max() < 1e-3
+        assert roe.aggregate(logits).argmax() == token
+        tokens = [token]
+    assert len(written) == 12 and (logits[1:] - logits[0]).abs().max() > 0.1  # the noise does something
+
+
+def test_program():
+    command = [sys.executable, ROOT / "ports/roe_mlx.py", "--model", ROOT / "tiny", "--prompt", "-"]
+    command += ["--rosters", "3", "--max-new-tokens", "10"]
+    result = subprocess.run(command, capture_output=True, text=True, input="def main(")
+    assert result.returncode == 0, result.stderr
+    pattern = r"10 tokens, [\d.]+ tokens/s, rosters: 3, cache: [\d,]+ bytes; "
+    pattern += r"the average overruled the clean roster on \d+ of the tokens\n"
+    assert re.fullmatch(pattern, result.stderr)
+    model, _ = load_model(ROOT / "tiny")
+    model.set_dtype(mx.float32)
+    roe_mlx.add_roe(model, 3)
+    tokenizer = importlib.import_module("tokenizers").Tokenizer.from_file(str(ROOT / "tiny/tokenizer.json"))
+    expected = list(roe_mlx.generate(model, tokenizer.encode("def main(").ids, 10))
+    assert result.stdout == tokenizer.decode(expected) + "\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [(["--prompt", "x", "--rosters", "0"], "rosters"), (["--prompt", "x", "--top-p", "0"], "--top-p")]
+    + [(["--prompt", "x", "--model", "no directory"], "no directory"), (["--prompt", ""], "at least one token")]
+    + [([], "--prompt"), (["--prompt", "x", "--chat"], "chat")],
+    ids=str,
+)
+def test_program_refuses_in_one_line(arguments, word, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["roe_mlx.py", "--model", str(ROOT / "tiny"), *arguments])
+    with pytest.raises(SystemExit) as error:
+        runpy.run_path(str(ROOT / "ports/roe_mlx.py"), run_name="__main__")
+    out, err = capsys.readouterr()
+    assert error.value.code == 2 and out == ""
+    assert re.fullmatch(r"roe_mlx.py: error: [^\n]+\n", err) and word in err
+
+
+@pytest.mark.parametrize("broken", ["config.json lacks hidden_size", "weights are cut short"])
+def test_program_refuses_broken_models_in_one_line(broken, tmp_path, monkeypatch, capsys):
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((ROOT / "tiny" / name).read_bytes())
+    if broken == "weights are cut short":
+        os.truncate(tmp_path / "model.safetensors", 100_000)
+    else:
+        config = json.loads((tmp_path / "config.json").read_text())
+        del config["hidden_size"]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    test_program_refuses_in_one_line(["--prompt", "x", "--model", str(tmp_path)], str(tmp_path), monkeypatch, capsys)

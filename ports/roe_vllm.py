@@ -1,7 +1,4 @@
-"""Roster of Experts (arXiv 2509.17238) in vLLM: its engine, its server, and whatever uses them.
-
-For every predicted token n rosters run, each with noise of its own in the routers, and their predictions are averaged.
-This file is a vLLM plugin (entry point `vllm.general_plugins`, see `register`); the environment switches it on:
+"""Roster of Experts (arXiv 2509.17238) as a plugin of vLLM, for its engine, its server, and whatever uses them.
 
     ROE_ROSTERS=8 ROE_TAU=0.3 vllm serve allenai/OLMoE-1B-7B-0125
 
@@ -10,10 +7,10 @@ This file is a vLLM plugin (entry point `vllm.general_plugins`, see `register`);
     ROE_SKIP     mixture layers at each end that route without noise, if ROE_TAU is one number [1]
     ROE_SEED     of the noise [0]
 
-The model's own class runs n times a step, the n - 1 noisy rosters first and the clean one last. Every pass writes its
+The model's own class runs n times a step, the n - 1 noisy rosters first and the clean one last. Every pass writes the
 keys and values of the step's tokens to the same slots of vLLM's cache, so that what stays is the clean pass's: the
-paper's Clean Cache (section 2.3), in the memory of plain vLLM. Noise is added to a router's logits (equation 1), so that
-it also changes the weights of the chosen experts, and only at the last token of each request, the one that predicts.
+paper's Clean Cache (section 2.3), in the memory of plain vLLM. Noise is added to a router's logits (equation 1), which
+also changes the weights of the chosen experts, and only at the last token of each request, the one that predicts.
 """
 
 import json
@@ -23,7 +20,7 @@ import os
 import torch
 from torch import Tensor
 from vllm import ModelRegistry, SamplingParams
-from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe import GateLinear
 
@@ -32,7 +29,7 @@ MODELS = {}  # the models by name of architecture, as vLLM registers them
 
 def gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """I.i.d. Gumbel(0, 1) noise in float32, on the generator's device. All routing noise comes from here."""
-    return -torch.empty(shape, device=generator.device).exponential_(generator=generator).log()
+    return -torch.empty(shape, dtype=torch.float32, device=generator.device).exponential_(generator=generator).log()
 
 
 def average(logits: Tensor) -> Tensor:
@@ -42,27 +39,22 @@ def average(logits: Tensor) -> Tensor:
 
 def settings(layers: int) -> tuple[int, list[float], int]:
     """Rosters, one temperature for each of the mixture layers, and the seed, from the environment (section 2.2)."""
-    given = {"ROSTERS": "1", "TAU": "0.2", "SKIP": "1", "SEED": "0"}
-    try:
-        n, tau, skip, seed = (json.loads(os.environ.get(f"ROE_{name}", value)) for name, value in given.items())
-    except json.JSONDecodeError:
-        raise ValueError("ROE_ROSTERS, ROE_SKIP and ROE_SEED must be whole numbers, ROE_TAU a number or a list") from None
+    given = {"ROE_ROSTERS": "1", "ROE_TAU": "0.2", "ROE_SKIP": "1", "ROE_SEED": "0"}
+    rosters, tau, skip, seed = (json.loads(os.environ.get(name, default)) for name, default in given.items())
     if not isinstance(tau, list):
         tau = [tau if skip <= layer < layers - skip else 0.0 for layer in range(layers)]
-    if n < 1 or skip < 0:
-        raise ValueError(f"ROE_ROSTERS must be at least 1 and ROE_SKIP at least 0, not {n} and {skip}")
-    if len(tau) != layers or not all(0 <= value < math.inf for value in tau):
-        raise ValueError(f"ROE_TAU must be a number >= 0, or {layers} of them, one for each mixture layer, not {tau}")
-    return n, tau, seed
+    if rosters < 1 or skip < 0 or len(tau) != layers or not all(0 <= value < math.inf for value in tau):
+        wanted = f"ROE_ROSTERS must be at least 1, ROE_SKIP at least 0, and ROE_TAU a number >= 0 or a list of {layers}"
+        raise ValueError(f"{wanted}, not {rosters}, {skip} and {tau}")
+    return rosters, tau, seed
 
 
 class Rosters:
     """Goes before the class of a vLLM model, whose `forward` it calls n times, and whose logits it averages."""
 
-    compute_logits_local = property()  # hides a way to logits that some models have beside `compute_logits`
-
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs):
-        name, model, parallel = type(self).__name__, vllm_config.model_config, vllm_config.parallel_config
+        name, model = type(self).__name__, vllm_config.model_config
+        parallel, schedule = vllm_config.parallel_config, vllm_config.scheduler_config
         for obstacle, what in (
             (model.has_inner_state, "a recurrent state, which every pass would move on"),
             (model.is_multimodal_model, "a multimodal model"),
@@ -70,76 +62,56 @@ class Rosters:
             (vllm_config.speculative_config, "speculative decoding"),
             (vllm_config.lora_config, "LoRA"),
             (vllm_config.kv_transfer_config, "a transfer of the cache, which would send noisy keys and values"),
-            (parallel.pipeline_parallel_size > 1, "pipeline parallelism; use tensor parallelism"),
-            (parallel.data_parallel_size > 1 or parallel.enable_dbo, "data parallelism; start several servers"),
+            (parallel.world_size_across_dp > parallel.tensor_parallel_size, "pipeline or data parallelism"),
         ):
             if obstacle:
                 raise ValueError(f"{name}: RoE in vLLM does not work with {what}")
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
-
         gates = [module for module in self.modules() if isinstance(module, GateLinear)]
         if not gates:
-            raise ValueError(f"{name} has no router that RoE in vLLM knows (a GateLinear); unset ROE_ROSTERS to run it")
+            raise ValueError(f"{name} has no router that RoE in vLLM knows (GateLinear); unset ROE_ROSTERS to run it")
         self.rosters, tau, self.seed = settings(len(gates))
         # What the hooks add must be read from memory: vLLM compiles the model once, with its Python values frozen.
-        # noise[layer, i] is for the i-th request of a step, noise[layer, 0] = 0 for all tokens but its last.
-        schedule = vllm_config.scheduler_config
-        experts = gates[0].output_size
-        self.register_buffer("noise", torch.zeros(len(gates), schedule.max_num_seqs + 1, experts), persistent=False)
-        request = torch.zeros(schedule.max_num_batched_tokens, dtype=torch.long)
-        self.register_buffer("request", request, persistent=False)  # of each token of a step: i or 0
-        self.tau = torch.tensor(tau).view(-1, 1, 1, 1)
+        # noise[layer, i] is for the i-th request of a step, noise[layer, 0] = 0; request: i for its last token, else 0.
+        shape = len(gates), schedule.max_num_seqs + 1, gates[0].output_size
+        self.noise = torch.zeros(shape, dtype=torch.float32)
+        self.request = torch.zeros(schedule.max_num_batched_tokens, dtype=torch.long)
+        self.tau = torch.tensor(tau, dtype=torch.float32).view(-1, 1, 1, 1)
         self.generator = torch.Generator(self.noise.device)
-        self.tested = False
+        self.untested = any(tau)  # whether noise reaches the routers, compiled or fused as they may be
         for gate, noise in zip(gates, self.noise):
             gate.register_buffer("noise", noise, persistent=False)
             gate.register_buffer("request", self.request, persistent=False)
             gate.register_forward_hook(add_noise)
         # vLLM keeps compiled models on disk: not to take plain ones for ours, nor ours for those of other shapes.
-        vllm_config.additional_config = {**vllm_config.additional_config, "roe": [*self.noise.shape]}
-        compilation = vllm_config.compilation_config
-        if compilation.cudagraph_mode.has_full_cudagraphs():  # a graph of a whole step would freeze the loop below
-            compiled = compilation.mode == CompilationMode.VLLM_COMPILE
-            compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE if compiled else CUDAGraphMode.NONE
+        vllm_config.additional_config = {**vllm_config.additional_config, "roe": shape}
+        if vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():  # which would freeze the loop below
+            vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
 
     def forward(self, input_ids: Tensor | None, positions: Tensor, *args, **kwargs) -> Tensor:
         """Hidden states [tokens, n * d]: those of the n rosters, the clean one first, side by side."""
-        context = get_forward_context()
-        rows, requests = list(range(self.rosters))[::-1], 0
+        context, last, passes = get_forward_context(), [], []
         if self.rosters > 1 and context.attn_metadata:  # else a trial run, of which vLLM measures the memory
-            starts = getattr(next(iter(context.attn_metadata.values())), "query_start_loc", None)
-            if starts is None:
+            metadata = next(iter(context.attn_metadata.values()))
+            if not hasattr(metadata, "query_start_loc"):
                 raise ValueError("this attention backend hides where requests end; choose one by --attention-backend")
-            last, requests = starts[1:] - 1, len(starts) - 1
-            self.request.zero_()[last] = torch.arange(1, requests + 1, device=last.device)
-            noise = self.draw(positions[last].tolist())
-            if not self.tested:
-                rows.insert(0, None)
-        passes = {}
-        for row in rows:
+            last = metadata.query_start_loc[1:] - 1  # each request's last token
+            self.request.zero_()[last] = torch.arange(1, len(last) + 1, device=last.device)
+            # Seed and position alone decide the noise: what else is in the batch does not change a request's text.
+            seeds = [self.seed * 2**20 + position for position in positions[last].tolist()]
+            shape = len(self.noise), self.rosters - 1, self.noise.shape[2]
+            noise = torch.stack([gumbel(shape, self.generator.manual_seed(seed)) for seed in seeds], dim=2) * self.tau
+        for row in reversed(range(self.rosters)):
             self.noise.zero_()
-            if row is None:  # unmistakable noise
-                self.noise += torch.arange(self.noise.shape[2], device=self.noise.device)
-            elif row and requests:
-                self.noise[:, 1 : requests + 1] = noise[:, row - 1]
+            if row and len(last):
+                self.noise[:, 1 : len(last) + 1] = noise[:, row - 1]
             context.moe_layer_index = 0  # where vLLM counts its mixture layers in a pass
-            # A copy, because CUDA graphs write every pass to the same place.
-            passes[row] = super().forward(input_ids, positions, *args, **kwargs).clone()
-        if not self.tested and requests:
-            if torch.equal(passes.pop(None)[last], passes[0][last]):
-                raise RuntimeError(f"noise does not reach the routers of {type(self).__name__}; unset ROE_ROSTERS")
-            self.tested = True
-        return torch.cat([passes[row] for row in range(self.rosters)], dim=-1)
-
-    def draw(self, positions: list[int]) -> Tensor:
-        """The noise times tau [layers, n - 1, requests, E] for one token at each of these positions of its request.
-
-        Seed and position alone decide it: a request gets the same text whatever else is in the batch, and the same
-        noise in all processes of tensor parallelism.
-        """
-        shape = len(self.noise), self.rosters - 1, self.noise.shape[2]
-        seeds = [self.seed * 2**20 + position for position in positions]
-        return torch.stack([gumbel(shape, self.generator.manual_seed(seed)) for seed in seeds], dim=2) * self.tau
+            passes.insert(0, super().forward(input_ids, positions, *args, **kwargs).clone())  # graphs reuse outputs
+        if self.untested and len(last):
+            if all(torch.equal(noisy[last], passes[0][last]) for noisy in passes[1:]):
+                raise RuntimeError(f"noise reaches no router of {type(self).__name__}; unset ROE_ROSTERS to run it")
+            self.untested = False
+        return torch.cat(passes, dim=-1)
 
     def compute_logits(self, hidden_states: Tensor, *args, **kwargs) -> Tensor | None:
         """Log-probabilities [requests, V], the rosters' average, of hidden states [requests, n * d]."""
@@ -163,17 +135,16 @@ def __getattr__(name: str) -> type:
 
 
 def register() -> None:
-    """Registers RoE over every architecture of vLLM. vLLM calls it in each of its processes."""
+    """The entry point in `vllm.general_plugins`: vLLM calls it in each of its processes, before it makes a model."""
     if "ROE_ROSTERS" not in os.environ or MODELS:
         return
     MODELS.update(ModelRegistry.models)
     for name in MODELS:
         ModelRegistry.register_model(name, f"{__name__}:{name}")
-    verify = SamplingParams.verify
 
-    def refuse_prompt_logprobs(params, *args, **kwargs):
+    def refuse_prompt_logprobs(params, *args, verify=SamplingParams.verify):
         if params.prompt_logprobs is not None:
             raise ValueError("RoE in vLLM scores no prompts, only the last token has rosters; unset prompt_logprobs")
-        verify(params, *args, **kwargs)
+        verify(params, *args)
 
     SamplingParams.verify = refuse_prompt_logprobs

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from effect import ROOT, where
+from loading import write
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, which starts sooner
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
@@ -28,18 +29,6 @@ import vllm
 from vllm.distributed import cleanup_dist_env_and_memory
 
 STEPS = 16
-OLMOE = dict(
-    architectures=["OlmoeForCausalLM"],
-    model_type="olmoe",
-    hidden_size=2048,
-    intermediate_size=1024,
-    num_attention_heads=16,
-    num_key_value_heads=16,
-    num_experts=64,
-    num_experts_per_tok=8,
-    vocab_size=50304,
-    max_position_embeddings=4096,
-)
 
 
 def seconds(llm: vllm.LLM, requests: int, tokens: int) -> float:
@@ -63,8 +52,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         options = dict(model=str(ROOT / "tiny"))
         if args.layers:
-            Path(folder, "config.json").write_text(json.dumps(OLMOE | {"num_hidden_layers": args.layers}))
-            options = dict(model=folder, load_format="dummy")
+            write(Path(folder), args.layers)
+            options = dict(model=folder, hf_overrides={"architectures": ["OlmoeForCausalLM"]})
         for n in args.rosters:
             os.environ["ROE_ROSTERS"] = str(n)
             llm = vllm.LLM(

@@ -109,7 +109,7 @@ class Rosters:
             passes.insert(0, super().forward(input_ids, positions, *args, **kwargs).clone())  # graphs reuse outputs
         if self.untested and len(last):
             if all(torch.equal(noisy[last], passes[0][last]) for noisy in passes[1:]):
-                raise RuntimeError(f"noise reaches no router of {type(self).__name__}; unset ROE_ROSTERS to run it")
+                raise RuntimeError("noise changes nothing in this model; raise ROE_TAU, or unset ROE_ROSTERS")
             self.untested = False
         return torch.cat(passes, dim=-1)
 

@@ -3,10 +3,9 @@
     python bench/vllm_rosters.py               the embedded model
     python bench/vllm_rosters.py --layers 4    random layers of OLMoE-1B-7B's shapes in bfloat16 (3.8 GB for 4)
 
-For each number of rosters one engine, and for each number of concurrent requests the time of a decoding step: that of
-1 + STEPS tokens for all of them less that of one token, over STEPS. Prompts have 32 random tokens. Prints the results,
-and appends them to bench/results/vllm.jsonl. To be run where vLLM is and finds the plugin
-(`pip install -e .`).
+For each number of rosters one engine, and for each number of concurrent requests the median time of a decoding step and
+the time of the first one, which reads all prompts, of 32 random tokens each. Prints the results, and appends them to
+bench/results/vllm.jsonl. To be run where vLLM is and finds the plugin (`pip install -e .`).
 """
 
 import argparse
@@ -31,13 +30,18 @@ from vllm.distributed import cleanup_dist_env_and_memory
 STEPS = 16
 
 
-def seconds(llm: vllm.LLM, requests: int, tokens: int) -> float:
-    """Time to write so many tokens for each of so many prompts, in one batch."""
-    prompts = [{"prompt_token_ids": torch.randint(3, 4000, (32,)).tolist()} for _ in range(requests)]
-    params = vllm.SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    start = time.perf_counter()
-    llm.generate(prompts, params, use_tqdm=False)
-    return time.perf_counter() - start
+def steps(llm: vllm.LLM, requests: int) -> list[float]:
+    """Milliseconds of every step that writes STEPS tokens for each of so many prompts; the first one reads them."""
+    engine, times = llm.llm_engine, []
+    params = vllm.SamplingParams(temperature=0, max_tokens=STEPS, ignore_eos=True, detokenize=False)
+    for i in range(requests):
+        engine.add_request(str(i), {"prompt_token_ids": torch.randint(3, 4000, (32,)).tolist()}, params)
+    while engine.has_unfinished_requests():
+        start = time.perf_counter()
+        engine.step()
+        times.append(1000 * (time.perf_counter() - start))
+    assert len(times) == STEPS
+    return times
 
 
 def main() -> None:
@@ -45,7 +49,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=0, help="random layers; 0: the embedded model [0]")
     parser.add_argument("--rosters", type=int, nargs="+", default=[1, 4, 8], metavar="N", help="[1 4 8]")
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 8, 32], metavar="R", help="[1 8 32]")
-    parser.add_argument("--repeats", type=int, default=3, help="[3]")
+    parser.add_argument("--repeats", type=int, default=2, help="[2]")
     parser.add_argument("--compile", action="store_true", help="as vLLM compiles by default, instead of eagerly")
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "vllm.jsonl", help="appended to")
     args = parser.parse_args()
@@ -67,13 +71,12 @@ def main() -> None:
                 gpu_memory_utilization=0.3,
             )
             for requests in args.requests:
-                seconds(llm, requests, 2)
-                pairs = [(seconds(llm, requests, 1 + STEPS), seconds(llm, requests, 1)) for _ in range(args.repeats)]
-                ms = statistics.median(1000 * (more - one) / STEPS for more, one in pairs)
+                steps(llm, requests)
+                times = [steps(llm, requests) for _ in range(args.repeats)]
+                ms = statistics.median(ms for run in times for ms in run[1:])
                 result = dict(layers=args.layers, compiled=args.compile, n=n, requests=requests, ms_per_step=ms)
-                result |= dict(
-                    first_ms=1000 * statistics.median(one for _, one in pairs), tokens_per_s=1000 * requests / ms
-                )
+                result["first_ms"] = statistics.median(run[0] for run in times)
+                result["tokens_per_s"] = 1000 * requests / ms
                 print(
                     "n = {n:2}  requests {requests:3}  {ms_per_step:8.1f} ms/step  {tokens_per_s:8.1f} tokens/s".format(
                         **result

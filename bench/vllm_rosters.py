@@ -26,6 +26,7 @@ os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 os.environ.update({"ROE_ROSTERS": "1", "ROE_TAU": "0.3"})
 import vllm
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.plugins import load_general_plugins
 
 STEPS = 16
 
@@ -53,6 +54,9 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="as vLLM compiles by default, instead of eagerly")
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "vllm.jsonl", help="appended to")
     args = parser.parse_args()
+    load_general_plugins()
+    if not vllm.ModelRegistry.models["OlmoeForCausalLM"].module_name.endswith("roe_vllm"):
+        parser.error("vLLM does not find the plugin; install this project beside it (pip install -e .)")
     with tempfile.TemporaryDirectory() as folder:
         options = dict(model=str(ROOT / "tiny"))
         if args.layers:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(HERE.parent))
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vllm is not installed")
 
 # Architectures that the tests run, as small random models of transformers, and those of which they see the refusal.
-FAMILIES = ["olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "phimoe", "glm4_moe", "ernie4_5_moe", "gpt_oss"]
+FAMILIES = ["olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "glm4_moe", "ernie4_5_moe", "gpt_oss"]
 REFUSED = {"llama": "has no router that RoE in vLLM knows", "jamba": "a recurrent state"}
 
 E = 10  # experts of the random models; no other dimension of theirs has this size
@@ -50,7 +50,6 @@ MORE = {  # what a family's configuration needs beside SIZES
     "qwen2_moe": dict(num_experts=E, shared_expert_intermediate_size=96),
     "qwen3_moe": dict(num_experts=E, norm_topk_prob=True),
     "granitemoe": dict(num_local_experts=E),
-    "phimoe": dict(num_local_experts=E, num_experts_per_tok=2),
     "glm4_moe": dict(n_routed_experts=E, first_k_dense_replace=1, n_group=1, topk_group=1),
     "ernie4_5_moe": dict(moe_num_experts=E, moe_k=3, moe_num_shared_experts=1, moe_layer_start_index=1),
     "gpt_oss": dict(num_local_experts=E, sliding_window=16),

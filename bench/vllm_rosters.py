@@ -1,0 +1,97 @@
+"""Measures what rosters cost in vLLM (ports/roe_vllm.py), where every roster is a pass of the whole batch.
+
+    python bench/vllm_rosters.py               the embedded model
+    python bench/vllm_rosters.py --layers 4    random layers of OLMoE-1B-7B's shapes in bfloat16 (3.8 GB for 4)
+
+For each number of rosters one engine, and for each number of concurrent requests the median time of a decoding step and
+the time of the first one, which reads all prompts, of 32 random tokens each. Prints the results, and appends them to
+bench/results/vllm.jsonl. To be run where vLLM is and finds the plugin (`pip install -e .`).
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from effect import ROOT, where
+from loading import write
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, which starts sooner
+os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+os.environ.update({"ROE_ROSTERS": "1", "ROE_TAU": "0.3"})
+import vllm
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.plugins import load_general_plugins
+
+STEPS = 16
+
+
+def steps(llm: vllm.LLM, requests: int) -> list[float]:
+    """Milliseconds of every step that writes STEPS tokens for each of so many prompts; the first one reads them."""
+    engine, times = llm.llm_engine, []
+    params = vllm.SamplingParams(temperature=0, max_tokens=STEPS, ignore_eos=True, detokenize=False)
+    for i in range(requests):
+        engine.add_request(str(i), {"prompt_token_ids": torch.randint(3, 4000, (32,)).tolist()}, params)
+    while engine.has_unfinished_requests():
+        start = time.perf_counter()
+        engine.step()
+        times.append(1000 * (time.perf_counter() - start))
+    assert len(times) == STEPS
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=0, help="random layers; 0: the embedded model [0]")
+    parser.add_argument("--rosters", type=int, nargs="+", default=[1, 4, 8], metavar="N", help="[1 4 8]")
+    parser.add_argument("--requests", type=int, nargs="+", default=[1, 8, 32], metavar="R", help="[1 8 32]")
+    parser.add_argument("--repeats", type=int, default=2, help="[2]")
+    parser.add_argument("--compile", action="store_true", help="as vLLM compiles by default, instead of eagerly")
+    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "vllm.jsonl", help="appended to")
+    args = parser.parse_args()
+    load_general_plugins()
+    if not vllm.ModelRegistry.models["OlmoeForCausalLM"].module_name.endswith("roe_vllm"):
+        parser.error("vLLM does not find the plugin; install this project beside it (pip install -e .)")
+    with tempfile.TemporaryDirectory() as folder:
+        options = dict(model=str(ROOT / "tiny"))
+        if args.layers:
+            write(Path(folder), args.layers)
+            options = dict(model=folder, hf_overrides={"architectures": ["OlmoeForCausalLM"]})
+        for n in args.rosters:
+            os.environ["ROE_ROSTERS"] = str(n)
+            llm = vllm.LLM(
+                **options,
+                dtype="bfloat16",
+                skip_tokenizer_init=True,
+                enforce_eager=not args.compile,
+                enable_prefix_caching=False,
+                max_num_seqs=max(args.requests),
+                max_model_len=256,
+                gpu_memory_utilization=0.3,
+            )
+            for requests in args.requests:
+                steps(llm, requests)
+                times = [steps(llm, requests) for _ in range(args.repeats)]
+                ms = statistics.median(ms for run in times for ms in run[1:])
+                result = dict(layers=args.layers, compiled=args.compile, n=n, requests=requests, ms_per_step=ms)
+                result["first_ms"] = statistics.median(run[0] for run in times)
+                result["tokens_per_s"] = 1000 * requests / ms
+                print(
+                    "n = {n:2}  requests {requests:3}  {ms_per_step:8.1f} ms/step  {tokens_per_s:8.1f} tokens/s".format(
+                        **result
+                    )
+                )
+                with args.output.open("a") as file:
+                    file.write(json.dumps(result | where() | {"vllm": vllm.__version__}) + "\n")
+            del llm
+            gc.collect()
+            cleanup_dist_env_and_memory()
+
+
+if __name__ == "__main__":
+    main()

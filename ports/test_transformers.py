@@ -58,8 +58,9 @@ SLIDING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_
 GEMMA = {"enable_moe_block": True, "top_k_experts": 2, "vocab_size_per_layer_input": 64, "global_head_dim": 8}
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 MISTRAL = {"rope_parameters": ROPE | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 8}}
-LONGCAT = {"num_layers": 4, "moe_topk": 2, "zero_expert_num": 2, "routed_scaling_factor": 1.5}
+LONGCAT = {"num_hidden_layers": 8, "moe_topk": 2, "zero_expert_num": 2, "routed_scaling_factor": 1.5}
 SPARSE = {"mlp_layer_types": ["dense"] + ["sparse"] * 4}
+
 
 # model_type: how the weights follow from the logits at the chosen experts (see `weigh`), and the settings
 FAMILIES = {
@@ -226,14 +227,14 @@ def test_every_row_equals_a_run_of_its_own(family, weights, monkeypatch):
     n, tau, noise, gumbel = 4, 1.0, [], port.gumbel
     monkeypatch.setattr(port, "gumbel", lambda *args: noise.append(gumbel(*args)) or noise[-1])
     port.add_roe(model, n, tau, seed=2, weights=weights)
-    routers = [router for router, _ in model.roe.replaced]
+    routers = [m for m in model.modules() if isinstance(vars(m).get("forward"), port.NoisyForward)]
     cache = port.CleanCache(config=model.config)
     forward(model, IDS[:, :-2], cache)
     assert not noise
     rows = [forward(model, ids.repeat(n, 1), cache) for ids in (IDS[:, -2:-1], IDS[:, -1:])]
     port.remove_roe(model)
     widths = [next(p for p in router.parameters() if p.dim() == 2).shape[0] for router in routers]
-    assert [g.shape for g in noise] == [(n - 1, width) for width in widths] * 2 and len(routers) > 1
+    assert [g.shape for g in noise] == [(n - 1, width) for width in widths] * 2 and routers
 
     history = DynamicCache(config=model.config)
     forward(model, IDS[:, :-2], history)
@@ -247,7 +248,8 @@ def test_every_row_equals_a_run_of_its_own(family, weights, monkeypatch):
             moved.append((got[row] - got[0]).abs().max() > 100 * TOLERANCE)
         close(forward(model, ids, history)[0], got[0])
     assert sum(moved) > 1  # where noise chose the same experts, "clean" rows equal row 0
-    assert cache.nbytes == sum(layer.keys.nbytes + layer.values.nbytes for layer in history.layers)
+    nbytes = lambda cache: sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert nbytes(cache) == nbytes(history)
 
 
 def test_removal_leaves_no_trace(family):
@@ -260,3 +262,16 @@ def test_removal_leaves_no_trace(family):
     port.remove_roe(model)
     port.remove_roe(model)
     assert traces() == before and forward(model, IDS, None).equal(logits)
+
+
+@pytest.mark.parametrize("weights", ["perturbed", "clean"])
+def test_half_precision(family, weights):
+    _, model = family
+    model = copy.deepcopy(model).bfloat16()
+    expected = own_text(model)
+    port.add_roe(model, 1)
+    assert port.generate(model, IDS, max_new_tokens=NEW, do_sample=False).equal(expected)
+    port.add_roe(model, 3, 1.0, weights=weights)
+    average = port.Average()
+    port.generate(model, IDS, max_new_tokens=NEW, do_sample=False, average=average)
+    assert 0 <= average.overruled <= NEW

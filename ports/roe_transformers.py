@@ -150,18 +150,17 @@ def generate(model, input_ids, attention_mask=None, cache=None, average=None, st
 
     Takes what `model.generate` takes, and a `CleanCache` or an `Average` to look at afterwards; returns ids [1, T + new
     ones], or with return_dict_in_generate n rows of all. torch's global generator draws samples."""
-    if not hasattr(model, "roe") or len(input_ids) != 1:
-        raise ValueError("generate continues one text, ids [1, T], with a model after add_roe")
+    if not hasattr(model, "roe") or len(input_ids) != 1 or (attention_mask is not None and not attention_mask.all()):
+        raise ValueError("generate continues one text, ids [1, T] without padding, with a model after add_roe")
     roe, cache = model.roe, CleanCache(config=model.config) if cache is None else cache
     roe.generator.manual_seed(roe.seed)
     cached = {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if input_ids.shape[1] > 1:
-        model.base_model(input_ids=input_ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True, **cached)
+        model.base_model(input_ids=input_ids[:, :-1], use_cache=True, **cached)
     options["logits_processor"] = [average or Average(), *options.get("logits_processor", [])]
     options["streamer"] = streamer and SimpleNamespace(put=lambda ids: streamer.put(ids[:1]), end=streamer.end)
-    mask, input_ids = mask.repeat(roe.rosters, 1), input_ids.repeat(roe.rosters, 1)
-    out = model.generate(input_ids, attention_mask=mask, **cached, **options)
+    input_ids = input_ids.repeat(roe.rosters, 1)
+    out = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **cached, **options)
     return out[:1] if isinstance(out, torch.Tensor) else out
 
 

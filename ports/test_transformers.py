@@ -7,18 +7,18 @@ here are of order 1 to 10, so that 1e-4 is far above the rounding and far below 
 import contextlib
 import copy
 import inspect
-import json
 import os
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers", minversion="5.0", reason="the port is for transformers 5")
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LogitsProcessor
+from transformers import AutoConfig, DynamicCache
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "ports")]
@@ -177,7 +177,7 @@ def test_one_roster_and_no_noise_write_the_models_own_text(family):
 
 
 def weigh(rule, R, chosen, router):
-    """The weights of chosen experts [k] from the logits R [E] without noise, by the family's rule as a paper writes it."""
+    """The weights of chosen experts [k] from the logits R [E] without noise, by the family's rule as papers write it."""
     if rule == "sparsemixer":  # each of the two: softmax over the experts not far below it, those taken before left out
         weights, left = [], R.clone()
         for i in chosen:
@@ -264,14 +264,206 @@ def test_removal_leaves_no_trace(family):
     assert traces() == before and forward(model, IDS, None).equal(logits)
 
 
-@pytest.mark.parametrize("weights", ["perturbed", "clean"])
-def test_half_precision(family, weights):
+def test_half_precision(family):
+    """Noise changes no types: bfloat16 models, some of whose routers compute in float32, go on as without it."""
     _, model = family
     model = copy.deepcopy(model).bfloat16()
     expected = own_text(model)
     port.add_roe(model, 1)
     assert port.generate(model, IDS, max_new_tokens=NEW, do_sample=False).equal(expected)
-    port.add_roe(model, 3, 1.0, weights=weights)
+    for weights in ("clean", "perturbed"):
+        port.add_roe(model, 3, 1.0, weights=weights)
+        logits = forward(model, IDS.repeat(3, 1), port.CleanCache(config=model.config))
+        assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
+
+
+# ---- Models that are refused -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name):
+    if name not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    config = AutoConfig.for_model(name, **BASE | SETTINGS.get(name, {}))
+    kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    model = (kind or transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config)])(config)
+    with pytest.raises(ValueError, match=rf"^{name} has (another memory|no router)"):
+        port.add_roe(model, 2)
+    assert not hasattr(model, "roe")
+
+
+# ---- One model in detail ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixtral():
+    return build("mixtral", FAMILIES["mixtral"][1])
+
+
+def test_arguments_out_of_range(mixtral):
+    for wrong in ({"rosters": 0}, {"skip": -1}, {"tau": -0.1}, {"tau": [0.1] * 4}, {"weights": "softmax"}):
+        with pytest.raises(ValueError, match=f"{[*wrong][0]}="):
+            port.add_roe(mixtral, **{"rosters": 2} | wrong)
+    with pytest.raises(ValueError, match="after add_roe"):
+        port.generate(mixtral, IDS)
+    port.add_roe(mixtral, 3)
+    with pytest.raises(ValueError, match="one row, or 3 equal ones"):
+        forward(mixtral, IDS.repeat(2, 1), None)
+    with pytest.raises(ValueError, match="one text"):
+        port.generate(mixtral, IDS.repeat(3, 1))
+    with pytest.raises(ValueError, match="without padding"):
+        port.generate(mixtral, IDS, (IDS > 30).long())
+
+
+def test_what_noise_cannot_reach_is_an_error_not_a_result(mixtral):
+    port.add_roe(mixtral, 2, 1.0)
+    block = mixtral.model.layers[2].mlp
+    forward_of_block, block.forward = block.forward, lambda x: x  # as a kernel for the whole block does
+    with pytest.raises(ValueError, match="mixtral used 2 of 3 noisy routers"):
+        forward(mixtral, IDS.repeat(2, 1), None)
+    block.forward = forward_of_block
+    port.remove_roe(mixtral)
+
+    router = block.gate
+    router.forward = lambda x: (
+        None,
+        torch.ones(len(x), 2) / 2,
+        torch.zeros(len(x), 2).long(),
+    )  # asks torch for no logits
+    port.add_roe(mixtral, 2, 1.0)
+    with pytest.raises(ValueError, match="MixtralTopKRouter shows RoE no logits"):
+        forward(mixtral, IDS.repeat(2, 1), None)
+
+
+def test_temperatures(mixtral):
+    noisy = lambda: [i for i, layer in enumerate(mixtral.model.layers) if "forward" in vars(layer.mlp.gate)]
+    for tau, skip, expected in (
+        (0.5, 1, [1, 2, 3]),
+        (0.5, 0, [0, 1, 2, 3, 4]),
+        (0.5, 2, [2]),
+        ([0, 0, 0.1, 0, 1], 1, [2, 4]),
+    ):
+        port.add_roe(mixtral, 2, tau, skip)
+        assert noisy() == expected
+    assert [mixtral.model.layers[i].mlp.gate.forward.tau for i in (2, 4)] == [0.1, 1]
+
+
+def test_one_seed_is_one_text(mixtral):
+    def text(**options):
+        port.add_roe(mixtral, 4, 1.0, **options)
+        return port.generate(mixtral, IDS, max_new_tokens=30, do_sample=False)
+
+    assert text(seed=1).equal(text(seed=1)) and not text(seed=1).equal(text(seed=2))
+    port.generate(mixtral, IDS, max_new_tokens=3, do_sample=False)  # noise starts anew for every text
+    assert port.generate(mixtral, IDS, max_new_tokens=30, do_sample=False).equal(text(seed=2))
+
+
+def test_model_generate_with_equal_rows_cache_and_average(mixtral):
+    """As `generate`, but the prompt is read with n rows."""
+    port.add_roe(mixtral, 4, 1.0, seed=3)
+    expected = port.generate(mixtral, IDS, max_new_tokens=20, do_sample=False)
+    port.add_roe(mixtral, 4, 1.0, seed=3)
+    cache = {cache_name(mixtral): port.CleanCache(config=mixtral.config)}
+    options = {"max_new_tokens": 20, "do_sample": False, "logits_processor": [port.Average()]}
+    assert mixtral.generate(IDS.repeat(4, 1), **cache, **options).equal(expected.repeat(4, 1))
+
+
+def test_average():
+    scores = torch.randn(5, 64) * 3
     average = port.Average()
-    port.generate(model, IDS, max_new_tokens=NEW, do_sample=False, average=average)
-    assert 0 <= average.overruled <= NEW
+    expected = scores.softmax(-1).mean(0)
+    got = average(None, scores)
+    torch.testing.assert_close(got.as_subclass(torch.Tensor).exp(), expected.repeat(5, 1))
+    assert average.overruled == (expected.argmax() != scores[0].argmax())
+
+
+def test_sampling_draws_one_token_for_all_rows(mixtral):
+    scores = port.Average()(None, torch.randn(3, 5))
+    probs = torch.nn.functional.softmax(scores, -1)  # as `generate` does
+    draws = torch.stack([torch.multinomial(probs, num_samples=1) for _ in range(4000)])
+    assert type(draws) is torch.Tensor and draws.equal(draws[:, :1].expand(-1, 3, -1))
+    frequencies = draws[:, 0, 0].bincount(minlength=5) / 4000
+    assert (frequencies - probs[0]).abs().max() < 0.04  # five times sqrt(1 / 4 / 4000)
+
+    port.add_roe(mixtral, 4, 1.0)
+    options = {"do_sample": True, "temperature": 0.9, "top_p": 0.9, "max_new_tokens": 20}
+    several = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        several.append(port.generate(mixtral, IDS, **options, return_dict_in_generate=True).sequences)
+    assert all(rows.equal(rows[:1].expand(4, -1)) for rows in several)
+    assert several[0].equal(several[1]) and not several[0].equal(several[2])
+
+
+def test_what_is_handed_on(mixtral):
+    """Streamers see one row, logits processors the average, stopping criteria stop."""
+    put, seen = [], []
+    streamer = SimpleNamespace(put=put.append, end=lambda: put.append(None))
+    port.add_roe(mixtral, 3, 1.0)
+    stop = lambda ids, scores: torch.full((len(ids),), ids.shape[1] >= PROMPT + 4)
+    options = {"streamer": streamer, "stopping_criteria": [stop], "max_new_tokens": 9, "do_sample": False}
+    out = port.generate(mixtral, IDS, logits_processor=[lambda ids, scores: seen.append(scores) or scores], **options)
+    assert out.shape == (1, PROMPT + 4) and put.pop() is None
+    assert torch.cat([ids.view(1, -1) for ids in put], 1).equal(out)
+    assert all(scores[0].logsumexp(0).abs() < 1e-5 and scores[0].equal(scores[2]) for scores in seen)
+
+
+# ---- The embedded model, against roe.py ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", ["perturbed", "clean"])
+def test_rows_equal_those_of_roe_py(weights, monkeypatch):
+    import roe
+    from cache import SharedCache
+    from load import load
+
+    ours, tokenizer = load(None, "cpu", "float32")
+    model = transformers.AutoModelForCausalLM.from_pretrained(ROOT / "tiny", dtype=torch.float32)
+    tokens = tokenizer.encode("class Stack:\n    def push(self, item):\n").ids
+    n, tau = 6, 0.6
+    noise = [roe.gumbel((n - 1, 16), torch.Generator().manual_seed(i)) for i in range(64)]
+    for module, shape in ((roe, (n - 1, 1, 16)), (port, (n - 1, 16))):
+        draws = iter(noise)
+        monkeypatch.setattr(module, "gumbel", lambda _, generator, draws=draws, shape=shape: next(draws).view(shape))
+    port.add_roe(model, n, tau, weights=weights)
+    cache, history = port.CleanCache(config=model.config), SharedCache(ours.config, len(tokens))
+    forward(model, torch.tensor([tokens[:-3]]), cache)
+    expected = []
+    for step in range(3):
+        read = tokens[: len(tokens) - 2] if step == 0 else tokens[len(tokens) - 3 + step : len(tokens) - 2 + step]
+        expected.append(roe.predict(ours, read, history, n, tau, torch.Generator(), weights))
+        got = forward(model, torch.tensor([tokens[len(tokens) - 3 + step : len(tokens) - 2 + step]] * n), cache)
+        torch.testing.assert_close(got, expected[-1], atol=TOLERANCE, rtol=0)
+    assert (expected[0][1:] - expected[0][0]).abs().amax(-1).min() > 100 * TOLERANCE
+
+
+def run(*arguments, processes=0):
+    program = [str(ROOT / "ports" / "roe_transformers.py"), "--model", str(ROOT / "tiny"), "--dtype", "float32"]
+    start = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, *start, *program, *arguments], env=environment, capture_output=True, text=True
+    )
+
+
+def test_the_program():
+    """It writes what roe.py writes, in one process and in two."""
+    import roe
+    from load import load
+
+    model, tokenizer = load(None, "cpu", "float32")
+    prompt, options = "class Stack:", ("--rosters", "3", "--tau", "0.4", "--seed", "5", "--max-new-tokens", "24")
+    tokens = list(
+        roe.generate(model, tokenizer.encode(prompt).ids, 3, 0.4, seed=5, max_new_tokens=24, weights=port.WEIGHTS)
+    )
+    for processes in (0, 2):
+        done = run("--prompt", prompt, *options, processes=processes)
+        assert done.returncode == 0 and done.stdout == tokenizer.decode(tokens) + "\n", done.stderr
+        (line,) = [line for line in done.stderr.splitlines() if "tokens/s" in line]
+        assert line.startswith("24 tokens, ") and "rosters: 3, cache: " in line and "the average overruled" in line
+
+
+def test_bad_input_is_one_line():
+    done = run("--prompt", "x", "--rosters", "0")
+    assert done.returncode == 2 and done.stdout == ""
+    assert [line for line in done.stderr.splitlines() if "roe_transformers.py: error: rosters=0" in line]

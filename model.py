@@ -1,11 +1,12 @@
 """The OLMoE transformer (arXiv 2409.02060) in plain PyTorch.
 
-Every tensor that flows through the model is [n, T, ...]: n rows, T positions. A row is a sequence of its own or, with a
-cache, one of several versions (rosters) of one sequence. Nothing here knows of noise: a function `route` decides which
-experts run. If it returns more rows than it was given, the path branches there.
+A row is a sequence of its own or, with a cache, one of n versions (rosters) of the same token. Nothing here knows of
+noise: a function `route` decides which experts run, and if it returns more rows than it was given, the path branches
+there.
 
-Attribute names equal the tensor names in OLMoE's checkpoints.
-Shapes: d hidden_size, I intermediate_size, E experts, k experts per token, H query heads, Hk key-value heads of size D.
+Attribute names equal the tensor names in OLMoE's checkpoints, without their prefix "model.".
+Shapes: n rows, T positions, d hidden_size, I intermediate_size, E experts, k experts per token, H query heads, Hk
+key-value heads of size D, S positions shared by all rows, C positions of a row's own.
 """
 
 from collections.abc import Callable
@@ -15,12 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PACKS = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # see `pack`
-
 
 @dataclass
 class Config:
-    """The fields of OLMoE's config.json that shape the computation, under their own names."""
+    """The fields of OLMoE's config.json that shape the computation, under their own names; and `tau`."""
 
     vocab_size: int
     hidden_size: int
@@ -37,191 +36,64 @@ class Config:
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
     eos_token_id: int | list[int] | None = None
+    tau: list[float] | None = (
+        None  # routing temperatures found for this model, one per layer: a file tau.json beside it
+    )
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
 
-def top_k(config: Config, logits: Tensor, selection: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Plain OLMoE routing: the k experts with the largest logits, mixed by their softmax probabilities.
-
-    Args:
-        logits: router logits R [..., E].
-        selection: [..., E], ranks the experts in place of the logits. The weights are those of the logits all the same.
-
-    Returns:
-        weights [..., k] in float32 and indices [..., k].
-    """
-    probs = logits.softmax(-1, dtype=torch.float32)
-    indices = (logits if selection is None else selection).topk(config.num_experts_per_tok).indices
-    weights = probs.gather(-1, indices)
-    if config.norm_topk_prob:
-        weights = weights / weights.sum(-1, keepdim=True)
-    return weights, indices
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of x [..., T, D], by angles with cos and sin [T, D/2]: turns each pair (i, i + D/2)."""
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-
-
-def attend(
-    q: Tensor,
-    shared_k: Tensor,
-    shared_v: Tensor,
-    own_k: Tensor | None = None,
-    own_v: Tensor | None = None,
-    visible: Tensor | None = None,
-) -> Tensor:
-    """Causal attention to positions shared by all rows and to positions of the row's own, under one softmax.
-
-    Args:
-        q: queries [n, H, T, D].
-        shared_k, shared_v: [1 or n, Hk, S, D]. The last query sees all S positions, each earlier one sees one fewer.
-        own_k, own_v: [n, Hk, T, C, D], C positions for each query; None: all that a row may see is in the shared part.
-        visible: [S], for T = 1, which of the shared positions the query sees instead.
-
-    Returns:
-        [n, H, T, D]
-    """
-    (n, H, T, D), (_, Hk, S, _), cpu = q.shape, shared_k.shape, q.device.type == "cpu"
-    causal = own_k is None and 1 < T == S  # spelled out, since kernels then skip what is not visible
-    if T > 1 and not causal:
-        visible = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    if own_k is None:
-        if cpu and T == 1:
-            q = q.expand(-1, -1, 2, -1)  # PyTorch's CPU kernel takes twice as long for one query as for two
-        out = F.scaled_dot_product_attention(q, shared_k, shared_v, visible, is_causal=causal, enable_gqa=H > Hk)
-        return out[:, :, :T]
-    q = q.view(n, Hk, H // Hk, T, D)
-    own = torch.einsum("nhgtd,nhtcd->nhgtc", q, own_k) * D**-0.5
-    if fused := cpu and visible is None and S > 0:
-        # The rows become queries of one sequence. The kernel also returns the logarithms of its softmaxes' sums, with
-        # which the whole history counts as one position, of the value `mean`.
-        rows = q.transpose(0, 1).reshape(1, Hk, -1, D)
-        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(rows, shared_k, shared_v)
-        mean, shared = (part.reshape(Hk, n, H // Hk, 1, -1).transpose(0, 1) for part in parts)
-    else:
-        # The sum over h folds the rows into the query axis: the shared history is read once, and never copied n times.
-        shared = torch.einsum("nhgtd,hsd->nhgts", q, shared_k[0]) * D**-0.5
-        shared = shared if visible is None else shared.masked_fill(~visible, -torch.inf)
-    probs = torch.cat((shared, own), -1).softmax(-1, dtype=torch.float32).to(q.dtype)
-    of_shared, of_own = probs.split((shared.shape[-1], own.shape[-1]), -1)
-    out = of_shared * mean if fused else torch.einsum("nhgts,hsd->nhgtd", of_shared, shared_v[0])
-    out += torch.einsum("nhgtc,nhtcd->nhgtd", of_own, own_v)
-    return out.reshape(n, H, T, D)
-
-
-class Linear(nn.Linear):
-    """x [..., d_in] times the transpose of a weight [d_out, d_in], which may be packed."""
-
-    def __init__(self, d_in: int, d_out: int):
-        super().__init__(d_in, d_out, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        if weight.is_mkldnn:
-            return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
-        if x.dtype != torch.bfloat16 or x.numel() * len(weight) > 2**18 or x.device.type != "cpu":
-            return F.linear(x, weight)
-        # Small products take oneDNN longer to start than PyTorch's own kernel takes in all.
-        enabled, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
-        try:
-            return F.linear(x, weight)
-        finally:
-            torch.backends.mkldnn.enabled = enabled
-
-
-def pack(weight: Tensor) -> Tensor:
-    """Arranges a weight of `Linear` as CPUs multiply it in bfloat16; others, and small ones, stay as they are.
-
-    Otherwise oneDNN does so again for every product, which takes longer than the product itself if that has few rows.
-    `to_dense` undoes it.
-    """
-    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or weight.numel() < 2**20 or not PACKS:
-        return weight
-    return torch.ops.mkldnn._reorder_linear_weight(weight, 1)
-
-
-class Attention(nn.Module):
-    def __init__(self, config: Config, layer: int):
-        super().__init__()
-        d, D, Hk = config.hidden_size, config.head_dim, config.num_key_value_heads
-        self.layer, self.head_dim, self.clip = layer, D, config.clip_qkv
-        self.q_proj = Linear(d, d)
-        self.k_proj = Linear(d, Hk * D)
-        self.v_proj = Linear(d, Hk * D)
-        self.o_proj = Linear(d, d)
-        # OLMoE normalises the whole projection, before the heads are split.
-        self.q_norm = nn.RMSNorm(d, config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(Hk * D, config.rms_norm_eps)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache) -> Tensor:
-        n, T, d = x.shape
-        q, k, v = self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x)
-        if self.clip is not None:
-            q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
-        q, k, v = (t.view(n, T, -1, self.head_dim).transpose(1, 2) for t in (q, k, v))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = attend(q, *cache.update(self.layer, k, v)) if cache else attend(q, k, v)
-        return self.o_proj(out.transpose(1, 2).reshape(n, T, d))
-
-
-class Expert(nn.Module):
-    """A SwiGLU network."""
-
+class OLMoE(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+        self.config = config
+        # An empty weight: drawing a random one, on the meta device as in `load`, imports torch's compiler for a second.
+        weight = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(*weight.shape, _weight=weight)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.weight.dtype
 
-class Experts(nn.ModuleList):
-    """E networks; x [M, d] are rows sorted by expert, and expert [M] says whose they are."""
+    def forward(self, tokens: Tensor, cache=None, route: Callable | None = None) -> Tensor:
+        """Predicts the next token at every position.
 
-    def forward(self, x: Tensor, expert: Tensor) -> Tensor:
-        counts = expert.bincount(minlength=len(self)).tolist()
-        return torch.cat([self[e](rows) for e, rows in enumerate(x.split(counts)) if len(rows)])
+        Args:
+            tokens: ids [n, T]. With a cache n is 1, and the T tokens follow those that the cache holds.
+            cache: one of `cache.py`'s, extended by the T positions; None: every row is a whole sequence.
+            route: route(layer, router logits [n, T, E]) -> weights, indices [n or more, T, k]; None: plain `top_k`.
 
+        Returns:
+            logits [rows, T, vocab_size], as many rows as the last route returned.
+        """
+        x = self.norm(self.hidden(tokens, cache, route))
+        return self.lm_head(x) if self.lm_head else F.linear(x, self.embed_tokens.weight)
 
-class StackedExperts(nn.Module):
-    """`Experts` in two tensors, for GPUs: two products for all of them, and no value is read back from the device."""
-
-    def __init__(self, experts: Experts):
-        super().__init__()
-        gate_up = torch.stack([torch.cat((e.gate_proj.weight, e.up_proj.weight)) for e in experts])
-        self.gate_up_proj = nn.Parameter(gate_up, requires_grad=False)
-        self.down_proj = nn.Parameter(torch.stack([e.down_proj.weight for e in experts]), requires_grad=False)
-
-    def forward(self, x: Tensor, expert: Tensor) -> Tensor:
-        # ends[e]: where the rows of expert e end
-        ends = torch.arange(len(self.down_proj), device=x.device)
-        ends = torch.searchsorted(expert, ends, right=True, out_int32=True)
-        gate, up = F.grouped_mm(x, self.gate_up_proj.transpose(1, 2), offs=ends).chunk(2, -1)
-        return F.grouped_mm(F.silu(gate) * up, self.down_proj.transpose(1, 2), offs=ends)
-
-
-class MoE(nn.Module):
-    def __init__(self, config: Config, layer: int):
-        super().__init__()
-        self.layer = layer
-        self.gate = Linear(config.hidden_size, config.num_experts)  # the router
-        self.experts = Experts(Expert(config) for _ in range(config.num_experts))
-
-    def forward(self, x: Tensor, route: Callable) -> Tensor:
-        weights, indices = route(self.layer, self.gate(x))
-        rows, T, k = indices.shape  # as many rows as x has, or more: the path branches here
-        x = x.expand(rows, -1, -1).flatten(0, 1)
-        # Sorted by expert, all that goes to one expert is together: its weights are read once, however much it is.
-        expert, order = indices.flatten().sort(stable=True)
-        y = self.experts(x.index_select(0, order // k), expert).index_select(0, order.argsort())
-        return (weights.to(x.dtype).unsqueeze(2) @ y.view(rows, T, k, -1)).squeeze(2)
+    def hidden(self, tokens: Tensor, cache=None, route: Callable | None = None) -> Tensor:
+        """As `forward`, but makes no prediction: returns the hidden states [rows, T, d] before the final norm."""
+        config, D, T = self.config, self.config.head_dim, tokens.shape[1]
+        route = route or (lambda _, logits: top_k(logits, config.num_experts_per_tok, config.norm_topk_prob))
+        frequencies = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, device=self.device) / D)
+        positions = torch.arange(T, device=self.device) + (cache.length if cache else 0)
+        angles = positions[:, None] * frequencies  # [T, D/2]
+        cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        x = self.embed_tokens(tokens)
+        for layer in self.layers:
+            x = layer(x, cos, sin, cache, route)
+        if cache:
+            cache.length += T
+        return x
 
 
 class Layer(nn.Module):
@@ -237,56 +109,251 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x), route)
 
 
-class OLMoE(nn.Module):
+class Attention(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        d, D, Hk = config.hidden_size, config.head_dim, config.num_key_value_heads
+        self.layer, self.head_dim, self.clip, self.attend = layer, D, config.clip_qkv, attend
+        self.q_proj = nn.Linear(d, d, bias=False)
+        self.k_proj = nn.Linear(d, Hk * D, bias=False)
+        self.v_proj = nn.Linear(d, Hk * D, bias=False)
+        self.o_proj = nn.Linear(d, d, bias=False)
+        # OLMoE normalises the whole projection, before the heads are split.
+        self.q_norm = nn.RMSNorm(d, config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(Hk * D, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache) -> Tensor:
+        n, T, d = x.shape
+        q, k, v = self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x)
+        if self.clip is not None:
+            q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
+        q, k, v = (t.view(n, T, -1, self.head_dim).transpose(1, 2) for t in (q, k, v))  # [n, H or Hk, T, D]
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache:
+            out = self.attend(q, *cache.update(self.layer, k, v))
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).reshape(n, T, d))
+
+
+def attend(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: Tensor) -> Tensor:
+    """Causal attention to positions shared by all rows and to positions of the row's own, under one softmax.
+
+    Args:
+        q: queries [n, H, T, D].
+        shared_k, shared_v: [1, Hk, S, D]. The last query sees all S positions, each earlier one sees one fewer.
+        own_k, own_v: [n, Hk, T, C, D], C positions for each query.
+
+    Returns:
+        [n, H, T, D]
+    """
+    (n, H, T, D), (_, Hk, S, _) = q.shape, shared_k.shape
+    q = q.view(n, Hk, H // Hk, T, D)  # the H / Hk query heads g that share a key-value head h
+    visible = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    # The rosters n stand beside the queries t: the shared history is read once for all of them, and never copied.
+    shared = torch.einsum("nhgtd,hsd->nhgts", q, shared_k[0]).masked_fill(~visible, -torch.inf)
+    own = torch.einsum("nhgtd,nhtcd->nhgtc", q, own_k)
+    probs = (torch.cat((shared, own), -1) * D**-0.5).softmax(-1, dtype=torch.float32).to(q.dtype)
+    of_shared, of_own = probs.split((S, own.shape[-1]), -1)
+    out = torch.einsum("nhgts,hsd->nhgtd", of_shared, shared_v[0]) + torch.einsum("nhgtc,nhtcd->nhgtd", of_own, own_v)
+    return out.reshape(n, H, T, D)
+
+
+class MoE(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)  # the router
+        self.experts = Experts(Expert(config) for _ in range(config.num_experts))
+
+    def forward(self, x: Tensor, route: Callable) -> Tensor:
+        weights, indices = route(self.layer, self.gate(x))  # [rows, T, k], as many rows as x has, or more:
+        return self.experts(x.expand(len(indices), -1, -1), weights.to(x.dtype), indices)  # the path branches here
+
+
+class Experts(nn.ModuleList):
+    """The experts of a layer. Each is read once, for all the rows and positions that chose it."""
+
+    def forward(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        """The weighted sum of the experts' outputs: x [n, T, d], weights and indices [n, T, k] -> [n, T, d]."""
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self):
+            n, t, i = (indices == e).nonzero(as_tuple=True)
+            if len(n):
+                out[n, t] += weights[n, t, i, None] * expert(x[n, t])
+        return out
+
+
+class Expert(nn.Module):
+    """A SwiGLU network."""
+
     def __init__(self, config: Config):
         super().__init__()
-        self.config = config
-        # From an empty tensor: drawing numbers, on the meta device as in `load`, imports torch's compiler for 1.4 s.
-        embedding = torch.empty(config.vocab_size, config.hidden_size)
-        self.embed_tokens = nn.Embedding.from_pretrained(embedding, freeze=False)
-        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = None
-        if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    @property
-    def device(self) -> torch.device:
-        return self.embed_tokens.weight.device
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embed_tokens.weight.dtype
 
-    def stack_experts(self) -> None:
-        """For GPUs, see `StackedExperts`."""
-        for layer in self.layers:
-            layer.mlp.experts = StackedExperts(layer.mlp.experts)
+def top_k(logits: Tensor, k: int, normalize: bool = False) -> tuple[Tensor, Tensor]:
+    """Plain routing: the k experts with the largest logits, mixed by their softmax probabilities.
 
-    def hidden(self, tokens: Tensor, cache=None, route: Callable | None = None) -> Tensor:
-        """As `forward`, but returns the hidden states [rows, T, d] before the final norm and makes no prediction."""
-        config, D, T = self.config, self.config.head_dim, tokens.shape[1]
-        frequencies = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, device=self.device) / D)
-        positions = torch.arange(T, device=self.device) + (cache.length if cache else 0)
-        angles = positions[:, None] * frequencies
-        cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
-        x = self.embed_tokens(tokens)
-        for layer in self.layers:
-            x = layer(x, cos, sin, cache, route or (lambda layer, logits: top_k(config, logits)))
-        if cache:
-            cache.length += T
-        return x
+    Args:
+        logits: router logits R [..., E].
+        normalize: scale the weights of the k to sum to 1 (OLMoE's norm_topk_prob).
 
-    def forward(self, tokens: Tensor, cache=None, route: Callable | None = None) -> Tensor:
-        """Predicts the next token at every position.
+    Returns:
+        weights [..., k] in float32 and indices [..., k].
+    """
+    indices = logits.topk(k).indices
+    weights = logits.softmax(-1, dtype=torch.float32).gather(-1, indices)
+    return weights / weights.sum(-1, keepdim=True) if normalize else weights, indices
 
-        Args:
-            tokens: ids [n, T]. With a cache n is 1, and the T tokens follow those that the cache holds.
-            cache: one of `cache.py`'s, extended by the T positions; None: every row is a whole sequence.
-            route: route(layer, router logits [n, T, E]) -> weights, indices [n or more, T, k]; None: plain `top_k`.
 
-        Returns:
-            logits [rows, T, vocab_size], as many rows as the last route returned.
-        """
-        x = self.norm(self.hidden(tokens, cache, route))
-        return self.lm_head(x) if self.lm_head else F.linear(x, self.embed_tokens.weight)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of x [..., T, D], by angles with cos and sin [T, D/2]: turns each pair (i, i + D/2)."""
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+# ======== What follows changes only speed and rounding; skip it on first reading =====================================
+#
+# Each trick replaces a part of the model behind the same signature. Its comment says what it buys: how many times as
+# fast it is, as `python bench/bench.py --check` measured it on two cores with AVX-512 and torch 2.15.
+
+
+def speed_up(module: nn.Module) -> None:
+    """Switches on, in a whole model or in one layer, every trick for its device and dtype. For inference only.
+
+    In bfloat16 on a CPU the matrices are packed: they cannot be moved, converted or copied any more.
+    """
+    weight = next(module.parameters())
+    cpu, packs = weight.device.type == "cpu", packs_on(weight)
+    for name, child in list(module.named_children()):
+        if isinstance(child, Experts):
+            setattr(module, name, SortedExperts(child, packs) if cpu else StackedExperts(child))
+        elif isinstance(child, nn.RMSNorm):
+            setattr(module, name, Norm(child))
+        elif isinstance(child, nn.Linear):
+            setattr(module, name, PackedLinear(child.weight) if packs else child)
+        elif any(True for _ in child.parameters()):
+            speed_up(child)
+    if isinstance(module, Attention):
+        module.attend = attend_by_head
+
+
+def packs_on(weight: Tensor) -> bool:
+    """Whether `PackedLinear` works here: PyTorch does not document its operators, and may lose them."""
+    try:
+        return (
+            weight.dtype == torch.bfloat16
+            and weight.is_cpu
+            and PackedLinear(weight.new_ones(8, 8))(weight.new_ones(1, 8)).sum() == 64
+        )
+    except (AttributeError, RuntimeError):
+        return False
+
+
+class PackedLinear(nn.Module):
+    """`nn.Linear` in bfloat16 on CPUs, its weight arranged once as oneDNN multiplies it: ... with one row, ... with 8.
+
+    oneDNN would otherwise rearrange it for every product. `weight.to_dense()` gives the matrix back.
+    """
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)  # 16: some rows are expected, not one
+        self.weight = nn.Parameter(packed, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+
+
+class PackedExpert(nn.Module):
+    """`Expert` in two packed products, gate and up being one: ..."""
+
+    def __init__(self, expert: Expert):
+        super().__init__()
+        self.gate_up_proj = PackedLinear(torch.cat((expert.gate_proj.weight, expert.up_proj.weight)))
+        self.down_proj = PackedLinear(expert.down_proj.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class SortedExperts(nn.ModuleList):
+    """`Experts` on CPUs: one sort finds everyone's rows, where asking expert by expert takes ..."""
+
+    def __init__(self, experts: Experts, packs: bool):
+        super().__init__()
+        for e, expert in enumerate(experts):
+            self.append(PackedExpert(expert) if packs else expert)
+            experts[e] = None  # one by one, so that not all of them are in memory twice
+
+    def forward(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        expert, order = indices.flatten().sort(stable=True)
+        counts = expert.bincount(minlength=len(self)).tolist()
+        rows, weights = order // indices.shape[-1], weights.flatten()[order, None]
+        out, x = torch.zeros_like(x).flatten(0, 1), x.flatten(0, 1)
+        for e, (row, weight) in enumerate(zip(rows.split(counts), weights.split(counts))):
+            if counts[e]:
+                out.index_add_(0, row, self[e](x.index_select(0, row)) * weight)
+        return out.view(*indices.shape[:2], -1)
+
+
+class StackedExperts(nn.Module):
+    """`Experts` on GPUs: two grouped products for all of them, and no value is read back from the device."""
+
+    def __init__(self, experts: Experts):
+        super().__init__()
+        gate_up = torch.stack([torch.cat((e.gate_proj.weight, e.up_proj.weight)) for e in experts])
+        self.gate_up_proj = nn.Parameter(gate_up, requires_grad=False)
+        self.down_proj = nn.Parameter(torch.stack([e.down_proj.weight for e in experts]), requires_grad=False)
+
+    def forward(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        expert, order = indices.flatten().sort(stable=True)
+        ends = torch.arange(len(self.down_proj), device=x.device)
+        ends = torch.searchsorted(expert, ends, right=True, out_int32=True)  # where the rows of each expert end
+        rows = x.flatten(0, 1).index_select(0, order // indices.shape[-1])
+        gate, up = F.grouped_mm(rows, self.gate_up_proj.transpose(1, 2), offs=ends).chunk(2, -1)
+        y = F.grouped_mm(F.silu(gate) * up, self.down_proj.transpose(1, 2), offs=ends).index_select(0, order.argsort())
+        return (weights.unsqueeze(2) @ y.view(*indices.shape, -1)).squeeze(2)
+
+
+class Norm(nn.Module):
+    """`nn.RMSNorm` in five operations instead of nine: ..."""
+
+    def __init__(self, norm: nn.RMSNorm):
+        super().__init__()
+        d = norm.weight.numel()
+        self.register_buffer("root", torch.tensor(d * norm.eps, device=norm.weight.device).sqrt())
+        self.weight = nn.Parameter(norm.weight.detach().float() * d**0.5, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        return (x / torch.hypot(length, self.root) * self.weight).to(x.dtype)
+
+
+def attend_by_head(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: Tensor) -> Tensor:
+    """`attend`, for two cases in which its products of all heads at once are slow.
+
+    A prompt without history is ordinary causal attention, for which PyTorch has a kernel: ... On CPUs, oneDNN reads a
+    long history in bfloat16 faster in one product for every head: ...
+    """
+    (n, H, T, D), (_, Hk, S, _) = q.shape, shared_k.shape
+    if n == 1 and S == T - 1:
+        return F.scaled_dot_product_attention(q, own_k[:, :, :, 0], own_v[:, :, :, 0], is_causal=True, enable_gqa=True)
+    if not q.is_cpu or q.dtype != torch.bfloat16 or S < 512:
+        return attend(q, shared_k, shared_v, own_k, own_v)
+    q = q.view(n, Hk, H // Hk, T, D).transpose(0, 1) * D**-0.5
+    shared = torch.stack([row @ k.T for row, k in zip(q.reshape(Hk, -1, D), shared_k[0])]).view(*q.shape[:-1], S)
+    if T > 1:
+        shared.masked_fill_(~torch.ones(T, S, dtype=torch.bool).tril(S - T), -torch.inf)
+    own = torch.einsum("hngtd,nhtcd->hngtc", q, own_k)
+    probs = torch.cat((shared, own), -1).softmax(-1, dtype=torch.float32).to(q.dtype)
+    of_shared, of_own = probs.split((S, own.shape[-1]), -1)
+    out = torch.stack([p @ v for p, v in zip(of_shared.reshape(Hk, -1, S), shared_v[0])]).view(q.shape)
+    return (out + torch.einsum("hngtc,nhtcd->hngtd", of_own, own_v)).transpose(0, 1).reshape(n, H, T, D)

@@ -4,13 +4,14 @@ A router sends each token to its top k of E experts and leaves the others idle. 
 logits, runs n such rosters of experts for the same token as n rows of one batch, and averages the n predictions.
 Row 0 is the clean path: its routing never gets noise.
 
-Section and equation numbers are the paper's. Shapes: n rosters, T positions, E experts, L layers.
+Section and equation numbers are the paper's. Shapes: n rosters, T positions, E experts, k experts per token.
 """
 
 import argparse
 import json
 import math
 import os
+import signal
 import sys
 import time
 import warnings
@@ -18,6 +19,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # for as long as torch is being imported
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # which torch does not need here
 
 import torch
@@ -27,13 +30,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cache import BranchingCache, SharedCache
-from load import EMBEDDED, load
+from load import describe, load, printable
 from model import Config, OLMoE, top_k
 
 TAU = 0.2  # the default temperature; the paper finds values up to 0.5 useful, and larger ones always harmful
+WEIGHTS = "perturbed"  # the default reading of equation 1; see `stochastic_route`
+MOST_BYTES = 2**24  # of a prompt or text that is read from a file
 
 
-# ---- Stochastic routing (section 2.1) -------------------------------------------------------------------------------
+# ---- 2.1 Stochastic routing -----------------------------------------------------------------------------------------
 
 
 def gumbel(shape: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -42,69 +47,97 @@ def gumbel(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     return -torch.empty(shape, device=generator.device).exponential_(generator=generator).log()
 
 
-def temperatures(config: Config, tau: float | Sequence[float] = TAU, skip: int = 1) -> list[float]:
-    """One routing temperature per layer (section 2.2).
-
-    Args:
-        tau: a number for all layers but the first and last `skip`, which get 0; or one value per layer.
-
-    Returns:
-        a list of L floats.
-
-    Raises:
-        ValueError: a tau that is not a finite number >= 0, or not one per layer; a negative skip.
-    """
-    layers = config.num_hidden_layers
-    if isinstance(tau, (int, float)):
-        if skip < 0:
-            raise ValueError(f"skip must be at least 0, not {skip}")
-        tau = [tau if skip <= layer < layers - skip else 0.0 for layer in range(layers)]
-    if len(tau) != layers:
-        raise ValueError(f"tau has {len(tau)} values, but the model has {layers} layers; give one value per layer")
-    for value in tau:
-        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise ValueError(f"tau must be a number >= 0, not {value}")
-    return [float(value) for value in tau]
-
-
 def stochastic_route(
-    config: Config, rosters: int, tau: Sequence[float], generator: torch.Generator, weights: str = "clean"
-) -> Callable[[int, Tensor], tuple[Tensor, Tensor]]:
-    """Gumbel-top-k routing (equation 1), as the `route` of `model.OLMoE`.
+    logits: Tensor, k: int, tau: float, generator: torch.Generator, weights: str = WEIGHTS, normalize: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Gumbel-top-k routing (equation 1): every roster but the first draws its own k experts.
 
-    A token's experts are TopK(R + tau * G, k), R its router logits and G Gumbel noise: k experts drawn without
+    The experts of a token are TopK(R + tau * G, k), R its router logits and G Gumbel noise: k experts drawn without
     replacement from softmax(R / tau). Row 0 gets no noise.
 
     Args:
-        tau: one temperature per layer; a layer with 0 is plain top-k routing.
-        weights: what mixes the chosen experts' outputs. "clean": softmax(R), the letter of equation 1, where noise
-            decides only which experts run. "perturbed": softmax(R + tau * G), the other reading.
+        logits: router logits R [n, T, E].
+        tau: temperature of the noise.
+        weights: what mixes the outputs of the chosen experts, of which the paper says nothing. "clean": softmax(R), so
+            that noise decides only which experts run. "perturbed": softmax(R + tau * G).
+        normalize: scale the weights of the k to sum to 1 (OLMoE's norm_topk_prob).
+
+    Returns:
+        weights [n, T, k] in float32 and indices [n, T, k].
     """
-    if rosters < 1:
-        raise ValueError(f"rosters must be at least 1, not {rosters}")
-    if weights not in ("clean", "perturbed"):
-        raise ValueError(f"weights must be clean or perturbed, not {weights}")
+    noisy = logits.float().clone()
+    noisy[1:] += tau * gumbel(logits[1:].shape, generator)
+    indices = noisy.topk(k).indices
+    probs = (noisy if weights == "perturbed" else logits.float()).softmax(-1).gather(-1, indices)
+    return probs / probs.sum(-1, keepdim=True) if normalize else probs, indices
+
+
+# ---- 2.2 Temperatures -----------------------------------------------------------------------------------------------
+
+
+def temperatures(config: Config, tau: float | Sequence[float] | None = None, skip: int = 1) -> list[float]:
+    """One routing temperature per layer.
+
+    Args:
+        tau: one value per layer, returned as they are. Or a number for all layers, or None for the model's own
+            (`config.tau`; 0.2 if it has none): with these the first and last `skip` layers get 0.
+
+    Returns:
+        a list of floats, as many as the model has layers.
+
+    Raises:
+        ValueError: a value out of its range, or not one per layer.
+    """
+    layers = config.num_hidden_layers
+    if tau is None:
+        values = config.tau or [TAU] * layers
+    else:
+        values = [tau] * layers if isinstance(tau, (int, float)) else tau
+    for value in values:
+        check(tau=value, skip=skip)
+    if len(values) != layers:
+        raise ValueError(f"tau has {len(values)} values, but the model has {layers} layers; give one value per layer")
+    ends = skip if values is not tau else 0
+    return [float(value) if ends <= layer < layers - ends else 0.0 for layer, value in enumerate(values)]
+
+
+# ---- 2.3 Efficient inference: n rosters as one batch ----------------------------------------------------------------
+
+
+def roster_route(
+    config: Config, rosters: int, tau: Sequence[float], generator: torch.Generator, weights: str = WEIGHTS
+) -> Callable[[int, Tensor], tuple[Tensor, Tensor]]:
+    """`stochastic_route` as the `route` of `model.OLMoE`: one row until the first noisy router, n rows from there on.
+
+    Args:
+        tau: one temperature per layer; a layer with 0 is plain top-k routing.
+    """
+    check(rosters=rosters, weights=weights)
+    k, normalize, mine = config.num_experts_per_tok, config.norm_topk_prob, my_rows(rosters)
 
     def route(layer: int, logits: Tensor) -> tuple[Tensor, Tensor]:
         if rosters == 1 or tau[layer] == 0:
-            return top_k(config, logits)
-        # Every process draws the noise of all rosters and keeps its share: the result is that of one process.
-        rank, world = processes()
-        noise = gumbel((rosters - 1, *logits.shape[1:]), generator)[rank::world]
-        # Up to the first noisy router all rosters are the same one row.
-        logits = logits.float().expand(1 + len(noise), -1, -1)
-        noisy = torch.cat((logits[:1], logits[1:] + tau[layer] * noise))
-        return top_k(config, noisy) if weights == "perturbed" else top_k(config, logits, selection=noisy)
+            return top_k(logits, k, normalize)
+        if len(mine) == rosters:
+            return stochastic_route(logits.expand(rosters, -1, -1), k, tau[layer], generator, weights, normalize)
+        # Every process draws for all rosters and keeps its own: the result is that of one process.
+        everyone = logits.new_zeros(rosters, *logits.shape[1:])
+        everyone[mine] = logits
+        weights_of, indices = stochastic_route(everyone, k, tau[layer], generator, weights, normalize)
+        return weights_of[mine], indices[mine]
 
     return route
+
+
+def my_rows(rosters: int) -> list[int]:
+    """The rosters that this process runs: all of them; if torchrun started several, the clean one and its share."""
+    rank, world = processes()
+    return [0, *range(1 + rank, rosters, world)]
 
 
 def processes() -> tuple[int, int]:
     """Rank of this process and the number of processes that share the rosters: 0 and 1 unless torchrun started them."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-# ---- Predicting a token (sections 2.3 and 3.1) ----------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -113,43 +146,51 @@ def predict(
     tokens: Sequence[int],
     cache: SharedCache | BranchingCache,
     rosters: int,
-    tau: float | Sequence[float],
+    tau: float | Sequence[float] | None,
     generator: torch.Generator,
-    weights: str = "clean",
+    weights: str = WEIGHTS,
 ) -> Tensor:
     """Predicts the token that follows, once per roster, in one batched forward pass.
 
     Args:
         tokens: a sequence of T >= 1 token ids that follow those in the cache. Only the last one is stochastic.
-        cache: a `SharedCache` or a `BranchingCache`; extended by the T tokens.
+        cache: a `SharedCache` (the Clean Cache) or a `BranchingCache`; extended by the T tokens.
         tau, weights: see `temperatures` and `stochastic_route`.
         generator: a torch.Generator on the model's device.
 
     Returns:
-        logits [rosters, vocab_size]; row 0 is the clean path's. If several processes share the rosters: those of the
-        clean path and of this process's share.
+        logits [rosters, vocab_size]; row 0 is the clean path's. If several processes share the rosters: `my_rows`.
+
+    Raises:
+        ValueError: more tokens than the model's context, or than the cache, has room for.
     """
-    route = stochastic_route(model.config, rosters, temperatures(model.config, tau), generator, weights)
+    route = roster_route(model.config, rosters, temperatures(model.config, tau), generator, weights)
     tokens = torch.as_tensor(tokens, device=model.device)[None]
+    check_context(model.config, cache.length + tokens.shape[1])
     if tokens.shape[1] > 1:
         model.hidden(tokens[:, :-1], cache)
-    rank, world = processes()
-    return model(tokens[:, -1:], cache, route)[:, 0].expand(1 + len(range(rosters - 1)[rank::world]), -1)
+    return model(tokens[:, -1:], cache, route)[:, 0].expand(len(my_rows(rosters)), -1)
+
+
+# ---- 3.1 Aggregation ------------------------------------------------------------------------------------------------
 
 
 def aggregate(logits: Tensor) -> Tensor:
-    """Log of the rosters' mean probability (section 3.1): logits [n, ..., V] -> log-probabilities [..., V], float32."""
+    """Log of the rosters' mean probability: logits [n, ..., V] -> log-probabilities [..., V] in float32."""
     return logits.float().log_softmax(-1).logsumexp(0) - math.log(len(logits))
 
 
 def aggregate_processes(logits: Tensor, rosters: int) -> Tensor:
-    """As `aggregate`, over the rosters of all processes: one all-reduce of [V] probabilities."""
+    """`aggregate` over the rosters of all processes, by one all-reduce of [V] probabilities."""
     rank, world = processes()
     if world == 1:
-        return aggregate(logits)
-    total = logits[min(rank, 1) :].float().softmax(-1).sum(0)  # the clean row, which all have, is rank 0's to count
-    dist.all_reduce(total)
-    return total.log() - math.log(rosters)
+        log_probs = aggregate(logits)
+    else:
+        total = logits[min(rank, 1) :].float().softmax(-1).sum(0)  # the clean row, which all have, counts for rank 0
+        dist.all_reduce(total)
+        log_probs = total.log() - math.log(rosters)
+    check_finite(log_probs)
+    return log_probs
 
 
 def choose(log_probs: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
@@ -164,17 +205,21 @@ def choose(log_probs: Tensor, temperature: float, top_p: float, generator: torch
     return ids[probs.multinomial(1, generator=generator)].item()
 
 
+# ---- Generating and scoring -----------------------------------------------------------------------------------------
+
+
 def generate(
     model: OLMoE,
     tokens: Sequence[int],
     rosters: int = 4,
-    tau: float | Sequence[float] = TAU,
+    tau: float | Sequence[float] | None = None,
     cache: str = "shared",
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    weights: str = "clean",
+    weights: str = WEIGHTS,
+    margin: float = 1.0,
     watch: Callable | None = None,
 ) -> Iterator[int]:
     """Generates text with n rosters for every token.
@@ -187,50 +232,74 @@ def generate(
         cache: "shared": the Clean Cache, one clean history for all rosters. "branching": a history for each roster.
         temperature, top_p: see `choose`; they apply to the average of the rosters.
         seed: of the noise and of the sampling; one seed gives one output, on one device and dtype.
-        watch: called as watch(cache, logits [rosters, vocab_size], log_probs [vocab_size], token) for every token,
-            before it is yielded; log_probs is the average.
+        margin: see `predict_where_unsure`; below 1 the cache must be the shared one.
+        watch: called as watch(logits [rosters, 1, V], log_probs [1, V], tokens [1], cache) for every token, before it
+            is yielded; log_probs is the average that it was chosen from. Where the margin was enough, rosters is 1.
 
     Yields:
         token ids, each as soon as it is known.
 
     Raises:
-        ValueError: an empty prompt, one longer than the context, or an argument out of its range.
+        ValueError: an empty prompt, one longer than the context, an argument out of its range, or predictions that are
+            not finite.
     """
     config, tau = model.config, temperatures(model.config, tau)
-    if len(tokens) == 0:
-        raise ValueError("the prompt is empty; give at least one token")
-    if len(tokens) > config.max_position_embeddings:
-        raise ValueError(f"the prompt has {len(tokens)} tokens, but the context only {config.max_position_embeddings}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be a number >= 0, not {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
-    if cache not in ("shared", "branching"):
-        raise ValueError(f"cache must be shared or branching, not {cache}")
+    check(rosters=rosters, cache=cache, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    check(weights=weights, margin=margin)
+    check_prompt(config, tokens)
     if cache == "branching" and processes()[1] > 1:
         raise ValueError("the branching cache works in one process only; use the shared cache")
+    if cache == "branching" and margin < 1:
+        raise ValueError(
+            "with the branching cache every roster needs its own version of every token; leave margin at 1"
+        )
 
     max_len = min(config.max_position_embeddings, len(tokens) + max_new_tokens - 1)  # the last token is not read again
     steps = max_len - len(tokens) + 1
     if cache == "shared":
-        cache = SharedCache(config, max_len, model.dtype, model.device)
+        cache = SharedCache(config, max_len)
     else:
         first_noisy = next((layer for layer, value in enumerate(tau) if value > 0), None)
-        cache = BranchingCache(config, max_len, rosters, len(tokens) - 1, first_noisy, model.dtype, model.device)
+        cache = BranchingCache(config, max_len, rosters, len(tokens) - 1, first_noisy)
     generator = torch.Generator(model.device).manual_seed(seed)
     eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     for _ in range(steps):
-        logits = predict(model, tokens, cache, rosters, tau, generator, weights)
-        log_probs = aggregate_processes(logits, rosters)
+        logits, log_probs = predict_where_unsure(model, tokens, cache, rosters, tau, generator, weights, margin)
         token = choose(log_probs, temperature, top_p, generator)
         if token in eos:
             return
         if watch:
-            watch(cache, logits, log_probs, token)
+            watch(logits[:, None], log_probs[None], torch.tensor([token], device=model.device), cache)
         yield token
         tokens = [token]
+
+
+def predict_where_unsure(
+    model: OLMoE, tokens, cache, rosters: int, tau, generator: torch.Generator, weights: str, margin: float
+) -> tuple[Tensor, Tensor]:
+    """`predict` and its average, with rosters only where the clean path is unsure. Not in the paper, whose margin is 1.
+
+    The clean path runs alone first, and its keys and values are stored either way. Where its first choice is not more
+    probable than its second by at least `margin`, the last token runs once more, with all rosters.
+
+    Returns:
+        logits [rosters, V], or [1, V] where the clean path was sure; and log-probabilities [V] of their average.
+    """
+    if margin < 1:
+        clean = predict(model, tokens, cache, 1, tau, generator)
+        log_probs = aggregate_processes(clean, 1)  # rank 0's, so that all processes decide alike
+        if sure(log_probs, margin):
+            return clean, log_probs
+        cache.length -= 1
+        tokens = tokens[-1:]
+    logits = predict(model, tokens, cache, rosters, tau, generator, weights)
+    return logits, aggregate_processes(logits, rosters)
+
+
+def sure(log_probs: Tensor, margin: float) -> Tensor:
+    """Whether the first choice is more probable than the second by `margin` or more: log_probs [..., V] -> [...]."""
+    first, second = log_probs.topk(2).values.exp().unbind(-1)
+    return first - second >= margin
 
 
 @torch.inference_mode()
@@ -238,57 +307,116 @@ def score(
     model: OLMoE,
     tokens: Sequence[int],
     rosters: int,
-    tau: float | Sequence[float] = TAU,
+    tau: float | Sequence[float] | None = None,
     seed: int = 0,
-    weights: str = "clean",
-    cache: SharedCache | None = None,
+    weights: str = WEIGHTS,
+    margin: float = 1.0,
+    history: SharedCache | None = None,
     watch: Callable | None = None,
 ) -> Tensor:
-    """Log-probability of every token of a text under 1, 2, ..., n rosters, from one pass (section 2.2, validation).
+    """Log-probability of every token of a text under 1, 2, ..., n rosters (section 2.2, validation perplexity).
 
-    With the shared cache a token's noise reaches no other token. One forward pass over T tokens with n rows therefore
-    equals decoding token by token: row r at position t sees the clean history before t and itself.
+    With the shared cache a token's noise reaches no other token. A forward pass over T tokens with n rows therefore
+    equals decoding token by token: row r at position t sees the clean history before t and itself. Long texts take
+    several passes, one after the other.
 
     Args:
         tokens: T >= 2 token ids. A text longer than the context is scored in pieces of that length, each without the
             tokens before it.
-        tau, weights: see `temperatures` and `stochastic_route`.
-        cache: the clean history before tokens[0], with room for T - 1 more positions, by which it is extended. None: no
-            history.
-        watch: called as watch(log_probs [rosters, t, vocab_size], targets [t]) for every t tokens of the text.
+        tau, weights, margin: see `temperatures`, `stochastic_route` and `predict_where_unsure`.
+        history: a cache that holds the tokens before tokens[0], with room for T - 1 more, by which it is extended.
+            None: there are none.
+        watch: called as watch(logits [rosters, t, V], log_probs [t, V], tokens [t], cache) for every t tokens of the
+            text; log_probs is the average of all rosters.
 
     Returns:
         log-probabilities [rosters, T - 1] in float32; row n - 1 is that of tokens[1:] under n rosters.
 
     Raises:
-        ValueError: fewer than two tokens, or an argument out of its range.
+        ValueError: fewer than two tokens, a history and a text that together are longer than the context, an argument
+            out of its range, or predictions that are not finite.
     """
     config = model.config
+    check(seed=seed, margin=margin)
+    check_text(tokens)
     if processes()[1] > 1:
         raise ValueError("scoring works in one process only; start it without torchrun")
-    if len(tokens) < 2:
-        raise ValueError(f"the text is too short to score: it has {len(tokens)} tokens, at least 2 are needed")
+    if history:
+        check_context(config, history.length + len(tokens) - 1)
     generator = torch.Generator(model.device).manual_seed(seed)
-    route = stochastic_route(config, rosters, temperatures(config, tau), generator, weights)
+    route = roster_route(config, rosters, temperatures(config, tau), generator, weights)
     tokens = torch.as_tensor(tokens, device=model.device)
     inputs, targets = tokens[:-1], tokens[1:]
     chunk = max(1, 512 // rosters)  # bounds the rows times positions, and with them the memory
-    context = config.max_position_embeddings
+    context, counts = config.max_position_embeddings, torch.arange(1, rosters + 1, device=model.device)
     # Filled in place: small results kept one by one between large temporary tensors would fragment the memory.
     scores, done = torch.empty(rosters, len(targets), device=model.device), 0
     with tqdm(total=len(targets), desc="scoring", unit="token", leave=False, delay=1, disable=None) as progress:
         for piece, wanted in zip(inputs.split(context), targets.split(context)):
-            history = cache or SharedCache(config, len(piece), model.dtype, model.device)
+            cache = history or SharedCache(config, len(piece))
             for part, target in zip(piece.split(chunk), wanted.split(chunk)):
-                log_probs = model(part[None], history, route).float().log_softmax(-1).expand(rosters, -1, -1)
-                index = target.expand(rosters, -1).unsqueeze(-1)
-                scores[:, done : done + len(part)] = log_probs.gather(-1, index).squeeze(-1)
+                logits = model(part[None], cache, route).expand(rosters, -1, -1)
+                log_probs = logits.float().log_softmax(-1)
+                found = log_probs.gather(-1, target.expand(rosters, -1).unsqueeze(-1)).squeeze(-1)
+                averages = found.logcumsumexp(0) - counts.log()[:, None]
+                if margin < 1:
+                    averages = averages.where(~sure(log_probs[0], margin), found[0])
+                scores[:, done : done + len(part)] = averages
                 done += len(part)
                 if watch:
-                    watch(log_probs, target)
+                    watch(logits, log_probs.logsumexp(0) - math.log(rosters), target, cache)
                 progress.update(len(part))
-    counts = torch.arange(1, rosters + 1, device=model.device)
-    return scores.logcumsumexp(0) - counts.log()[:, None]
+    check_finite(scores)
+    return scores
+
+
+RANGES = {  # of what a caller may ask for
+    "rosters": (lambda n: type(n) is int and 1 <= n <= 1024, "a whole number from 1 to 1024"),
+    "tau": (lambda tau: is_number(tau) and 0 <= tau <= 100, "a number from 0 to 100"),
+    "skip": (lambda n: type(n) is int and n >= 0, "a whole number, at least 0"),
+    "weights": (lambda name: name in ("clean", "perturbed"), "clean or perturbed"),
+    "cache": (lambda name: name in ("shared", "branching"), "shared or branching"),
+    "margin": (lambda m: is_number(m) and 0 <= m <= 1, "a number from 0 to 1"),
+    "max_new_tokens": (lambda n: type(n) is int and n >= 1, "a whole number, at least 1"),
+    "temperature": (lambda t: is_number(t) and (t == 0 or 0.001 <= t <= 1000), "0, or a number from 0.001 to 1000"),
+    "top_p": (lambda p: is_number(p) and 1e-6 <= p <= 1, "a number from 1e-6 to 1"),
+    "seed": (lambda n: type(n) is int and 0 <= n < 2**63, "a whole number from 0 to 2**63 - 1"),
+}
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check(**settings) -> None:
+    """Raises ValueError for a setting that is out of its range."""
+    for name, value in settings.items():
+        fits, range = RANGES[name]
+        if not fits(value):
+            raise ValueError(f"{name} must be {range}, not {value}")
+
+
+def check_prompt(config: Config, tokens: Sequence[int]) -> None:
+    if len(tokens) == 0:
+        raise ValueError("the prompt is empty; give at least one token")
+    check_context(config, len(tokens))
+
+
+def check_text(tokens: Sequence[int]) -> None:
+    if len(tokens) < 2:
+        raise ValueError(f"the text is too short to score: it has {len(tokens)} tokens, at least 2 are needed")
+
+
+def check_context(config: Config, length: int) -> None:
+    if length > config.max_position_embeddings:
+        raise ValueError(
+            f"there are {length} tokens, but the model's context has only {config.max_position_embeddings}"
+        )
+
+
+def check_finite(log_probs: Tensor) -> None:
+    if log_probs.isnan().any():
+        raise ValueError("the model's predictions are not finite: its weights are broken, or too large for its dtype")
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------
@@ -317,38 +445,26 @@ def parse_arguments() -> argparse.Namespace:
     group = parser.add_argument_group("what to do").add_mutually_exclusive_group(required=True)
     group.add_argument("--prompt", metavar="TEXT", help="continue this text; - reads it from standard input")
     group.add_argument("--ppl", metavar="FILE", help="print the perplexity of a text file for every count in --rosters")
-    group.add_argument(
-        "--tune", metavar="FILE", help="search the temperatures that lower a text file's perplexity most"
-    )
 
     add = parser.add_argument_group("the rosters").add_argument
     add("--rosters", metavar="N", type=int, nargs="+", default=[4], help="rosters per token; 1 is plain decoding [4]")
-    tau = f"noise temperature, or a JSON file of one per layer [tau.json in the model's directory; without one, {TAU}]"
-    add("--tau", help=tau)
-    add("--skip", metavar="L", type=int, help="layers without noise at each end; not with a file of temperatures [1]")
-    weights = "what mixes the chosen experts: softmax(R), as in equation 1, or softmax(R + tau G) [clean]"
-    add("--weights", choices=["clean", "perturbed"], default="clean", help=weights)
-    cache = "one clean history for all rosters, or one history for each [shared]"
-    add("--cache", choices=["shared", "branching"], default="shared", help=cache)
+    add("--tau", help=f"noise temperature, or a JSON file of one per layer [tau.json beside the model; without, {TAU}]")
+    add("--skip", metavar="L", type=int, default=1, help="layers without noise at each end; not with a file [1]")
+    weights = "what mixes the chosen experts, R being the router's logits: softmax(R + tau G), or softmax(R)"
+    add("--weights", choices=["perturbed", "clean"], default=WEIGHTS, help=f"{weights} [{WEIGHTS}]")
+    margin = "run rosters only where the clean one gives its first choice less than M more than its second; 1: always"
+    add("--margin", metavar="M", type=float, default=1.0, help=f"{margin} [1]")
     add("--seed", metavar="N", type=int, default=0, help="of noise and sampling; one seed gives one output [0]")
 
-    add = parser.add_argument_group("the text").add_argument
+    add = parser.add_argument_group("the text, with --prompt").add_argument
     add("--max-new-tokens", metavar="N", type=int, default=128, help="stop after this many tokens [128]")
     add("--temperature", metavar="T", type=float, default=0.0, help="sample at this temperature; 0 is greedy [0]")
     add("--top-p", metavar="P", type=float, default=1.0, help="sample from the likeliest tokens of this total mass [1]")
+    cache = "one clean history for all rosters, or one history for each [shared]"
+    add("--cache", choices=["shared", "branching"], default="shared", help=cache)
     add("--chat", action="store_true", help="wrap the prompt as the OLMoE Instruct models expect it")
     show = "on a terminal, shade a token the more, the fewer rosters chose it; underline where the average overruled"
     add("--show", action="store_true", help=f"{show} the clean roster")
-
-    add = parser.add_argument_group("the search of --tune").add_argument
-    add("--trials", metavar="N", type=int, default=50, help="stop after this many, those of earlier runs included [50]")
-    add(
-        "--output",
-        metavar="FILE",
-        default="tau.json",
-        help="the best temperatures, for --tau; FILE.log resumes [tau.json]",
-    )
-    add("--tau-max", metavar="TAU", type=float, default=0.5, help="search from 0 to here [0.5]")
 
     add = parser.add_argument_group("the model").add_argument
     model = "directory, or hub id such as allenai/OLMoE-1B-7B-0125-Instruct [the small model that comes with RoE]"
@@ -359,53 +475,57 @@ def parse_arguments() -> argparse.Namespace:
 
     parser.error = fail
     args = parser.parse_args()
-    if min(args.rosters) < 1:
-        fail(f"--rosters must be at least 1, not {min(args.rosters)}")
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    for name in ("max_new_tokens", "temperature", "top_p", "cache", "chat", "show"):
+        if args.ppl is not None and name in given:
+            fail(f"--ppl does not read --{name.replace('_', '-')}; leave it out")
     if args.ppl is None and len(args.rosters) > 1:
         fail("--rosters takes one count; several are for --ppl")
-    if args.prompt is None and args.cache != "shared":
-        fail("texts are scored with the shared cache only; leave out --cache branching")
-    if args.tau is None:
-        tuned = Path(args.model or EMBEDDED) / "tau.json"
-        args.tau = str(tuned if args.skip is None and tuned.is_file() else TAU)
-    args.skip = 1 if args.skip is None else args.skip
+    if "top_p" in given and "temperature" not in given:
+        fail("--top-p is for sampling; give a --temperature above 0, too")
     return args
 
 
 def fail(message: object) -> NoReturn:
     """Ends the program with one line on standard error and exit status 2."""
-    print("roe.py: error:", " ".join(str(message).split()), file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error:", printable(" ".join(str(message).split())), file=sys.stderr)
     sys.exit(2)
 
 
 def read_text(args: argparse.Namespace) -> str:
     """The prompt, or the text to be scored."""
-    if args.prompt is None:
-        name = args.ppl or args.tune
-        data = Path(name).read_bytes()
-    elif args.prompt == "-" and processes()[1] > 1:
+    if args.prompt == "-" and processes()[1] > 1:
         raise ValueError("several processes cannot share standard input; give the prompt itself")
+    if args.prompt not in (None, "-"):
+        name, data = "the prompt", os.fsencode(args.prompt)
     else:
-        name, data = "the prompt", sys.stdin.buffer.read() if args.prompt == "-" else os.fsencode(args.prompt)
+        name = "the prompt" if args.prompt else args.ppl
+        with sys.stdin.buffer if args.prompt else open(args.ppl, "rb") as file:
+            data = file.read(MOST_BYTES + 1)  # it may be a pipe or a device without end
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"{name} has more than {MOST_BYTES:,} bytes; give a part of it")
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text (byte {error.start}); convert it first") from error
     if not text:
         raise ValueError(f"{name} is empty; give some text")
-    if args.chat and args.prompt is not None:
-        return f"<|endoftext|><|user|>\n{text}\n<|assistant|>\n"
-    return text
+    return f"<|endoftext|><|user|>\n{text}\n<|assistant|>\n" if args.chat else text
 
 
-def read_tau(argument: str, config: Config, skip: int) -> list[float]:
-    """The temperatures that --tau stands for."""
-    path = Path(argument)
+def read_tau(argument: str | None) -> float | list[float] | None:
+    """What --tau stands for: a number is a number; anything else is a file."""
     try:
-        tau = [float(value) for value in json.loads(path.read_bytes())] if path.is_file() else float(argument)
-    except (ValueError, TypeError) as error:
+        return None if argument is None else float(argument)
+    except ValueError:
+        pass
+    try:
+        tau = json.loads(Path(argument).read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"tau takes a number or a JSON file with a list of them; {argument} is neither") from error
-    return temperatures(config, tau, skip)
+    if not isinstance(tau, list):
+        raise ValueError(f"tau takes a number or a JSON file with a list of them; {argument} is neither")
+    return tau
 
 
 def shade(text: str, agreement: float, overruled: bool) -> str:
@@ -421,21 +541,20 @@ def print_generation(
     args: argparse.Namespace, model: OLMoE, tokenizer: Tokenizer, tokens: list[int], tau: list[float]
 ) -> None:
     """Streams the text to standard output, then one line of statistics to standard error."""
-    times, agreement, overruled, shown, nbytes = [], [], [], 0, 0
+    times, agreement, overruled, ran, shown, nbytes = [], [], [], 0, 0, 0
     colours = args.show and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
-    def watch(cache, logits, log_probs, token):
-        nonlocal nbytes
+    def watch(logits, log_probs, tokens, cache):
+        nonlocal ran, nbytes
         times.append(time.perf_counter())
-        agreement.append((logits.argmax(-1) == token).float().mean().item())
+        agreement.append((logits.argmax(-1) == tokens).float().mean().item() if len(logits) > 1 else 1.0)
         overruled.append((log_probs.argmax() != logits[0].argmax()).item())
+        ran += len(logits) > 1
         nbytes = cache.nbytes
 
     (rosters,) = args.rosters
-    sampling = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
-    generated = generate(
-        model, tokens, rosters, tau, args.cache, args.max_new_tokens, **sampling, weights=args.weights, watch=watch
-    )
+    settings = ("cache", "max_new_tokens", "temperature", "top_p", "seed", "weights", "margin")
+    generated = generate(model, tokens, rosters, tau, **{name: getattr(args, name) for name in settings}, watch=watch)
     try:
         for text in stream(tokenizer, generated):
             if colours and text:
@@ -444,10 +563,11 @@ def print_generation(
             print(text, end="", flush=True)
     except KeyboardInterrupt:
         pass  # what has been generated stands
-    speed = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else math.nan
     print(flush=True)
+    speed = f", {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s" if len(times) > 1 else ""
+    where = f" on {ran} of the tokens" if args.margin < 1 else ""
     print(
-        f"{len(times)} tokens, {speed:.1f} tokens/s, rosters: {rosters}, cache: {nbytes:,} bytes; "
+        f"{len(times)} tokens{speed}, rosters: {rosters}{where}, cache: {nbytes:,} bytes; "
         f"the average overruled the clean roster on {sum(overruled)} of the tokens",
         file=sys.stderr,
     )
@@ -455,48 +575,18 @@ def print_generation(
 
 def print_perplexity(args: argparse.Namespace, model: OLMoE, tokens: list[int], tau: list[float]) -> None:
     """Prints a table of perplexity against the number of rosters."""
-    perplexity = score(model, tokens, max(args.rosters), tau, args.seed, args.weights).mean(1).neg().exp().tolist()
+    scores = score(model, tokens, max(args.rosters), tau, args.seed, args.weights, args.margin)
+    perplexity = scores.mean(1).neg().exp().tolist()
     print("rosters  perplexity  change")
     for n in args.rosters:
         print(f"{n:7}  {perplexity[n - 1]:10.4f}  {perplexity[n - 1] / perplexity[0] - 1:+.2%}")
 
 
-def tune(args: argparse.Namespace, model: OLMoE, tokens: list[int]) -> None:
-    """Searches per-layer temperatures by Optuna's TPE on perplexity (section 2.2); keeps the best so far on disk."""
-    try:
-        import optuna
-        from optuna.storages.journal import JournalFileBackend
-    except ImportError as error:
-        raise ValueError('--tune needs Optuna; install it with: pip install -e ".[tune]"') from error
-    (rosters,) = args.rosters
-    highest = temperatures(model.config, args.tau_max, args.skip)
-    noisy = [layer for layer, value in enumerate(highest) if value > 0]
-
-    def perplexity(trial):
-        tau = [trial.suggest_float(f"tau_{i}", 0, value) if value > 0 else 0.0 for i, value in enumerate(highest)]
-        trial.set_user_attr("tau", tau)
-        return score(model, tokens, rosters, tau, args.seed, args.weights)[-1].mean().neg().exp().item()
-
-    def report(study, trial):
-        temporary = Path(f"{args.output}.tmp")
-        temporary.write_text(json.dumps(study.best_trial.user_attrs["tau"]) + "\n")
-        temporary.replace(args.output)
-        best = f"best {study.best_value:.4f} (trial {study.best_trial.number + 1})"
-        print(f"trial {trial.number + 1} of {args.trials}: perplexity {trial.value:.4f}, {best}", file=sys.stderr)
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    settings = f"{args.tune} {args.model} {rosters} {args.tau_max} {args.skip} {args.weights} {args.seed}"
-    storage = optuna.storages.JournalStorage(JournalFileBackend(f"{args.output}.log"))
-    study = optuna.create_study(storage=storage, study_name=settings, load_if_exists=True)
-    done = sum(trial.state.is_finished() for trial in study.trials)
-    study.sampler = optuna.samplers.TPESampler(seed=args.seed + done)  # a resumed search must not repeat its trials
-    if done == 0:
-        study.enqueue_trial({f"tau_{i}": min(TAU, args.tau_max) for i in noisy})  # start from the default
-    study.optimize(perplexity, max(0, args.trials - done), callbacks=[report])
-    print(f"{args.output}: perplexity {study.best_value:.4f} with", study.best_trial.user_attrs["tau"])
-
-
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # closed: print would take standard output instead
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # the terminal may not know all characters
     args = parse_arguments()
     if dist.is_available() and dist.is_torchelastic_launched():  # by torchrun: the processes share the rosters
         dist.init_process_group()  # gloo on CPUs, nccl on GPUs
@@ -506,16 +596,22 @@ def main() -> None:
         if dist.get_rank() > 0:
             sys.stdout = sys.stderr = open(os.devnull, "w")
     try:
-        text = read_text(args)
-        model, tokenizer = load(args.model, args.device, args.dtype)
-        tokens = tokenizer.encode(text).ids
-        tau = read_tau(args.tau, model.config, args.skip)
-        if args.prompt is not None:
-            print_generation(args, model, tokenizer, tokens, tau)
-        elif args.ppl is not None:
+        # All that can be refused is refused before weights are fetched or read.
+        for n in args.rosters:
+            check(rosters=n)
+        for name in ("skip", "margin", "seed", "max_new_tokens", "temperature", "top_p"):
+            check(**{name: getattr(args, name)})
+        text, tau = read_text(args), read_tau(args.tau)
+        if isinstance(tau, list) and args.skip != 1:
+            raise ValueError("--skip is for a number; a file of temperatures says what every layer gets")
+        _, config, tokenizer = describe(args.model, args.device)
+        tau, tokens = temperatures(config, tau, args.skip), tokenizer.encode(text).ids
+        check_text(tokens) if args.prompt is None else check_prompt(config, tokens)
+        model, _ = load(args.model, args.device, args.dtype)
+        if args.prompt is None:
             print_perplexity(args, model, tokens, tau)
         else:
-            tune(args, model, tokens)
+            print_generation(args, model, tokenizer, tokens, tau)
     except BrokenPipeError:  # the reader has seen enough, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:

@@ -5,7 +5,7 @@
 Trains models of one shape and three sizes (1, 1.5 and 2.1 times the parameters) on the same data with tiny/train.py,
 each to its best checkpoint, in DIR/WIDTH; one that is there already is not trained again. Meant for a GPU. Then prints,
 and appends to bench/results/sizes.jsonl, held-out perplexity, time per token and bytes of weights and cache: of the
-smallest with 1 to 32 rosters and the temperatures that `roe.py --tune` finds for it, of the others with one roster.
+smallest with 1 to 32 rosters and the temperatures that bench/tune.py finds for it, of the others with one roster.
 """
 
 import argparse
@@ -32,9 +32,9 @@ def train(folder: Path, width: int, epochs: float) -> None:
 
 
 def tune(folder: Path, trials: int) -> None:
-    options = ["--tune", str(folder / "validation.txt"), "--rosters", str(ROSTERS), "--trials", str(trials)]
+    options = [str(folder / "validation.txt"), "--rosters", str(ROSTERS), "--trials", str(trials)]
     options += ["--model", str(folder), "--output", str(folder / "tau.json")]
-    subprocess.run([sys.executable, str(ROOT / "roe.py"), *options], check=True)
+    subprocess.run([sys.executable, str(ROOT / "bench" / "tune.py"), *options], check=True)
 
 
 def milliseconds(model, tokens: list[int], rosters: int, tau: list[float]) -> float:

@@ -1,0 +1,194 @@
+"""Searches the routing temperatures, one per layer, that lower a text's perplexity most (section 2.2 of the paper).
+
+    python bench/tune.py FILE --rosters 8 --output tau.json      then: python roe.py --tau tau.json ...
+
+OUTPUT always holds the best so far, and OUTPUT.log a line of JSON for every trial: the same command goes on where an
+earlier one stopped. Exit status: 0; 2 for bad input; 130 when interrupted, which loses the trial under way only.
+"""
+
+import signal
+import sys
+
+if __name__ == "__main__":  # before the imports, which take seconds
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+
+import argparse
+import fcntl
+import hashlib
+import json
+import math
+import os
+import uuid
+from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from load import find, load
+from model import OLMoE
+from roe import TAU, score, temperatures
+
+SEARCH = [
+    "text",
+    "model",
+    "dtype",
+    "device",
+    "rosters",
+    "tau_max",
+    "skip",
+    "weights",
+    "seed",
+]  # what a trial belongs to
+START = b'{"text": "'  # of every line of the log
+
+
+def open_log(output: Path) -> tuple[BinaryIO, list[dict]]:
+    """The log of all trials, OUTPUT.log, locked until the process ends; and what it holds.
+
+    Raises:
+        ValueError: `output` or its log is there, and not what a search wrote; or another search is using them.
+    """
+    log = Path(f"{output}.log")
+    for path in (output, log):
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise ValueError(f"{path} is not a regular file; choose another --output")
+    foreign = f"{output} holds no temperatures from {log} and is not replaced; choose another --output"
+    if output.exists() and not log.exists():
+        raise ValueError(foreign)
+    file = log.open("a+b")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"{log} is in use by another search; wait for it, or choose another --output") from error
+    file.seek(0)
+    *lines, rest = file.read().split(b"\n")
+    try:
+        trials = [json.loads(line) for line in lines]
+        ours = all(list(trial) == [*SEARCH, "tau", "perplexity"] for trial in trials)
+    except (ValueError, TypeError, RecursionError):
+        ours = False
+    if not ours or not (rest.startswith(START) or START.startswith(rest)):
+        raise ValueError(f"{log} is not the log of a search; choose another --output")
+    if output.exists() and output.read_bytes() not in [as_json(trial["tau"]) for trial in trials]:
+        raise ValueError(foreign)
+    if rest:
+        print(f"{log}: dropped the last line, which was cut short", file=sys.stderr)
+        file.truncate(sum(len(line) + 1 for line in lines))
+    return file, trials
+
+
+def as_json(value: object) -> bytes:
+    return json.dumps(value).encode() + b"\n"
+
+
+def replace(output: Path, tau: list[float]) -> None:
+    """Writes temperatures at once: whatever ends the program, the file is the old one or the new one, never a part."""
+    temporary = Path(f"{output}.{uuid.uuid4().hex}")
+    try:
+        temporary.write_bytes(as_json(tau))
+        temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def checksum(folder: Path) -> str:
+    """SHA-256 of all bytes of a model's files."""
+    digest = hashlib.sha256()
+    for file in (folder / "config.json", folder / "tokenizer.json", *sorted(folder.glob("*.safetensors"))):
+        with file.open("rb") as stream:
+            while block := stream.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def tune(args: argparse.Namespace, model: OLMoE, tokens: list[int], search: dict, trials: list, log: BinaryIO) -> dict:
+    """Adds trials to those of earlier runs until there are args.trials; returns the best. A failed one has no value."""
+    import optuna
+
+    highest = temperatures(model.config, args.tau_max, args.skip)
+    space = {str(i): optuna.distributions.FloatDistribution(0, tau) for i, tau in enumerate(highest) if tau > 0}
+    if not space:
+        raise ValueError("no layer is left to tune; lower --skip")
+    state = lambda value: optuna.trial.TrialState.FAIL if value is None else optuna.trial.TrialState.COMPLETE
+    best = lambda: min(trials, key=lambda trial: trial["perplexity"] or math.inf)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    # The seed is another one when a search is resumed, which must not repeat its trials.
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=args.seed + len(trials)))
+    for trial in trials:
+        params, value = {name: trial["tau"][int(name)] for name in space}, trial["perplexity"]
+        old = optuna.trial.create_trial(params=params, distributions=space, value=value, state=state(value))
+        study.add_trial(old)
+    if not trials:
+        study.enqueue_trial({name: min(TAU, args.tau_max) for name in space})  # start from the default
+    for number in range(len(trials) + 1, args.trials + 1):
+        trial = study.ask(space)
+        tau = [trial.params.get(str(i), 0.0) for i in range(len(highest))]
+        scores = score(model, tokens, args.rosters, tau, seed=args.seed, weights=args.weights)
+        perplexity = scores[-1].mean().neg().exp().item()
+        value = perplexity if math.isfinite(perplexity) else None
+        study.tell(trial, value, state(value))
+        trials.append(search | {"tau": tau, "perplexity": value})
+        log.write(as_json(trials[-1]))
+        log.flush()
+        os.fsync(log.fileno())
+        note = "which is not finite: a failed trial"
+        if value is not None:
+            replace(args.output, best()["tau"])
+            note = f"best {best()['perplexity']:.4f} (trial {trials.index(best()) + 1})"
+        print(f"trial {number} of {args.trials}: perplexity {perplexity:.4f}, {note}", file=sys.stderr)
+    if best()["perplexity"] is None:
+        raise ValueError("every trial failed; try --dtype float32")
+    replace(args.output, best()["tau"])  # if no trial was left to run, it may be missing
+    return best()
+
+
+def fail(message: object) -> NoReturn:
+    """Ends the program with one line on standard error and exit status 2."""
+    print("tune.py: error:", " ".join(str(message).split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("file", metavar="FILE", type=Path, help="a text, such as a validation set")
+    add("--rosters", metavar="N", type=int, default=4, help="rosters per token [4]")
+    add("--trials", metavar="N", type=int, default=50, help="stop after this many, those of earlier runs included [50]")
+    add("--output", metavar="FILE", type=Path, default="tau.json", help="the best temperatures [tau.json]")
+    add("--tau-max", metavar="TAU", type=float, default=0.5, help="search from 0 to here [0.5]")
+    add("--skip", metavar="L", type=int, default=1, help="layers without noise at each end [1]")
+    add("--weights", choices=["clean", "perturbed"], default="perturbed", help="as in roe.py [perturbed]")
+    add("--seed", metavar="N", type=int, default=0, help="of the noise and of the search [0]")
+    add("--model", help="directory or hub id [the small model that comes with RoE]")
+    add("--device", default="auto", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
+    add("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto", help="[as weights are stored]")
+    parser.error = fail
+    args = parser.parse_args()
+    for name, low, high in (("rosters", 2, 1024), ("trials", 1, 10**6), ("skip", 0, 1024), ("seed", 0, 2**31)):
+        if not low <= getattr(args, name) <= high:
+            fail(f"{name} must be from {low} to {high}, not {getattr(args, name)}")
+    if not 0 < args.tau_max < math.inf:
+        fail(f"tau-max must be a number > 0, not {args.tau_max}")
+    try:
+        import optuna  # noqa: F401
+    except ImportError:
+        fail('the search needs Optuna; install it with: pip install -e ".[tune]"')
+    try:
+        data = args.file.read_bytes()
+        text = data.decode()
+        log, trials = open_log(args.output)
+        folder = find(args.model)
+        model, tokenizer = load(folder, args.device, args.dtype)
+        contents = hashlib.sha256(data).hexdigest(), checksum(folder), str(model.dtype), model.device.type
+        options = args.rosters, args.tau_max, args.skip, args.weights, args.seed
+        search = dict(zip(SEARCH, contents + options))
+        trials = [trial for trial in trials if search.items() <= trial.items()]
+        best = tune(args, model, tokenizer.encode(text).ids, search, trials, log)
+        print(f"{args.output}: perplexity {best['perplexity']:.4f} with", best["tau"])
+    except UnicodeDecodeError as error:
+        fail(f"{args.file} is not UTF-8 text (byte {error.start}); convert it first")
+    except (ValueError, OSError) as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()

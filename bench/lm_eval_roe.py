@@ -2,12 +2,11 @@
 
     python bench/lm_eval_roe.py --model roe --model_args pretrained=DIRECTORY_OR_HUB_ID,rosters=32 --tasks arc_easy
 
-This is lm-eval's own command line, to which the model `roe` has been added. Models other than OLMoE run on transformers,
-by ports/roe_transformers.py, with the same arguments.
+This is lm-eval's own command line, to which the model `roe` has been added. Models other than OLMoE run on
+transformers, by ports/roe_transformers.py, with the same arguments.
 """
 
 import inspect
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -49,9 +48,9 @@ class RoE(TemplateLM):
         self,
         pretrained: str | None = None,
         rosters: int = 4,
-        tau: float | str = roe.TAU,
+        tau: float | str | None = None,
         skip: int = 1,
-        weights: str = "clean",
+        weights: str = roe.WEIGHTS,
         cache: str = "shared",
         dtype: str = "auto",
         device: str = "auto",
@@ -64,7 +63,7 @@ class RoE(TemplateLM):
         self._device = self.model.device
         self.max_length = self.model.config.max_position_embeddings
         self.seed, self.cache = seed, cache
-        tau = roe.read_tau(str(tau), self.model.config, skip)
+        tau = roe.temperatures(self.model.config, roe.read_tau(tau if tau is None else str(tau)), skip)
         self.rosters = {"rosters": rosters, "tau": tau, "weights": weights}
 
     @classmethod
@@ -147,7 +146,7 @@ class RoETransformers(HFLM):
     """lm-eval's own `hf` model with n rosters: whatever ports/roe_transformers.py takes.
 
     Args:
-        pretrained, rosters, tau, skip, weights, seed: as for `RoE`; tau is a number or a JSON file of one per mixture layer.
+        pretrained, rosters, tau, skip, weights, seed: as for `RoE`; a JSON file for tau has one per mixture layer.
         batch_size, max_batch_size: not used: rows are rosters of one sequence.
         options: as for lm-eval's `hf`.
     """
@@ -169,8 +168,7 @@ class RoETransformers(HFLM):
         if cache != "shared":
             raise ValueError(f"models on transformers have the shared cache only; leave out cache={cache}")
         super().__init__(pretrained, device=None if device == "auto" else device, batch_size=1, **options)
-        tau = json.loads(Path(tau).read_bytes()) if Path(str(tau)).is_file() else float(tau)
-        roe_transformers.add_roe(self.model, rosters, tau, skip, seed, weights)
+        roe_transformers.add_roe(self.model, rosters, roe.read_tau(str(tau)), skip, seed, weights)
         names = inspect.signature(self.model.forward).parameters
         self.cache_name = "cache" if "cache" in names else "past_key_values"  # of which transformers 5 has had both
 

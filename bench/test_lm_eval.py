@@ -253,8 +253,8 @@ def test_generated_text(ours, small):
 def test_other_models_run_on_transformers(evaluate, mixtral, tmp_path):
     """With one roster lm-eval's own hf model; with more, the rows of ports/roe_transformers.py, token by token."""
     pytest.importorskip("accelerate", reason="lm-eval's hf model needs it")
-    import roe_transformers as port
     from lm_eval_roe import RoE
+    from lm_eval_roe import roe_transformers as port
 
     arguments = {"pretrained": str(mixtral.path), "dtype": "float32", "device": "cpu"}
     for task in TASKS:

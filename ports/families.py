@@ -1,7 +1,7 @@
 """Prints the table of model families in ports/README.md: python ports/families.py
 
-Its rows are the names in `FAMILIES` and `REFUSED` of the ports' tests, which are read, not imported: neither vLLM nor MLX
-is needed. `FAMILIES` is a dict (or list) whose keys are model types, `REFUSED` a dict of model types and reasons.
+Its rows are the names in `FAMILIES` and `REFUSED` of the ports' tests, which are read, not imported: neither vLLM nor
+MLX is needed. `FAMILIES` is a dict (or list) whose keys are model types, `REFUSED` a dict of model types and reasons.
 """
 
 import ast

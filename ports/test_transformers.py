@@ -177,7 +177,7 @@ def test_one_roster_and_no_noise_write_the_models_own_text(family):
 
 
 def weigh(rule, R, chosen, router):
-    """The weights of chosen experts [k] from the logits R [E] without noise, by the family's rule as papers write it."""
+    """The weights of chosen experts [k] from the logits R [E] without noise, by a family's rule as papers write it."""
     if rule == "sparsemixer":  # each of the two: softmax over the experts not far below it, those taken before left out
         weights, left = [], R.clone()
         for i in chosen:

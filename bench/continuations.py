@@ -52,8 +52,8 @@ def score_continuations(
         cache.length = len(context) - 1
         greedy = []
 
-        def watch(logits, targets, cache):
-            greedy.append((roe.aggregate(logits).argmax(-1) == targets).all())
+        def watch(logits, log_probs, targets, cache):
+            greedy.append((log_probs.argmax(-1) == targets).all())
 
         tokens = [context[-1], *continuation]
         yield roe.score(model, tokens, rosters, tau, seed, weights, history=cache, watch=watch), all(greedy)

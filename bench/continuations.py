@@ -18,9 +18,9 @@ def score_continuations(
     model: OLMoE,
     pairs: Iterable[tuple[Sequence[int], Sequence[int]]],
     rosters: int,
-    tau: float | Sequence[float] = roe.TAU,
+    tau: float | Sequence[float] | None = None,
     seed: int = 0,
-    weights: str = "clean",
+    weights: str = roe.WEIGHTS,
 ) -> Iterator[tuple[Tensor, bool]]:
     """Scores continuations one after the other; a context equal to the previous pair's is not read again.
 
@@ -39,7 +39,7 @@ def score_continuations(
         ValueError: a continuation that is empty or alone longer than the model's context.
     """
     limit = model.config.max_position_embeddings
-    cache, read = SharedCache(model.config, limit, model.dtype, model.device), None
+    cache, read = SharedCache(model.config, limit), None
     for context, continuation in pairs:
         if not 0 < len(continuation) <= limit:
             raise ValueError(f"a continuation must have 1 to {limit} tokens, not {len(continuation)}")
@@ -52,8 +52,8 @@ def score_continuations(
         cache.length = len(context) - 1
         greedy = []
 
-        def watch(log_probs, targets):
-            greedy.append((log_probs.logsumexp(0).argmax(-1) == targets).all())
+        def watch(logits, log_probs, targets, cache):
+            greedy.append((log_probs.argmax(-1) == targets).all())
 
         tokens = [context[-1], *continuation]
-        yield roe.score(model, tokens, rosters, tau, seed, weights, cache, watch), all(greedy)
+        yield roe.score(model, tokens, rosters, tau, seed, weights, history=cache, watch=watch), all(greedy)

@@ -2,23 +2,32 @@
 
     python bench/lm_eval_roe.py --model roe --model_args pretrained=DIRECTORY_OR_HUB_ID,rosters=32 --tasks arc_easy
 
-This is lm-eval's own command line, to which the model `roe` has been added.
+This is lm-eval's own command line, to which the model `roe` has been added. Models other than OLMoE run on
+transformers, by ports/roe_transformers.py, with the same arguments.
 """
 
+import inspect
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
+import torch
 from continuations import score_continuations
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.models.utils_hf import stop_sequences_criteria
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
+from transformers import AutoConfig
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "ports")]
+import roe_transformers
+
 import roe
 from load import load
 
@@ -39,9 +48,9 @@ class RoE(TemplateLM):
         self,
         pretrained: str | None = None,
         rosters: int = 4,
-        tau: float | str = roe.TAU,
+        tau: float | str | None = None,
         skip: int = 1,
-        weights: str = "clean",
+        weights: str = roe.WEIGHTS,
         cache: str = "shared",
         dtype: str = "auto",
         device: str = "auto",
@@ -54,7 +63,7 @@ class RoE(TemplateLM):
         self._device = self.model.device
         self.max_length = self.model.config.max_position_embeddings
         self.seed, self.cache = seed, cache
-        tau = roe.read_tau(str(tau), self.model.config, skip)
+        tau = roe.temperatures(self.model.config, roe.read_tau(tau if tau is None else str(tau)), skip)
         self.rosters = {"rosters": rosters, "tau": tau, "weights": weights}
 
     @classmethod
@@ -63,7 +72,10 @@ class RoE(TemplateLM):
         options = {name: value for name, value in (additional_config or {}).items() if value is not None}
         if options.get("device") == "cuda:0":  # what lm-eval passes without --device, whether there is a GPU or not
             del options["device"]
-        return cls(**options | arg_dict)
+        options |= arg_dict
+        name = options.get("pretrained")
+        olmoe = name is None or AutoConfig.from_pretrained(name).model_type == "olmoe"
+        return cls(**options) if olmoe else RoETransformers(**options)
 
     @property
     def eot_token_id(self) -> int:
@@ -128,6 +140,69 @@ class RoE(TemplateLM):
             texts.append(text)
             self.cache_hook.add_partial("generate_until", (prompt, asked), text)
         return texts
+
+
+class RoETransformers(HFLM):
+    """lm-eval's own `hf` model with n rosters: whatever ports/roe_transformers.py takes.
+
+    Args:
+        pretrained, rosters, tau, skip, weights, seed: as for `RoE`; a JSON file for tau has one per mixture layer.
+        batch_size, max_batch_size: not used: rows are rosters of one sequence.
+        options: as for lm-eval's `hf`.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        rosters: int = 4,
+        tau: float | str = 0.2,
+        skip: int = 1,
+        weights: str = roe_transformers.WEIGHTS,
+        cache: str = "shared",
+        seed: int = 0,
+        device: str | None = None,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        **options,
+    ):
+        if cache != "shared":
+            raise ValueError(f"models on transformers have the shared cache only; leave out cache={cache}")
+        super().__init__(pretrained, device=None if device == "auto" else device, batch_size=1, **options)
+        roe_transformers.add_roe(self.model, rosters, roe.read_tau(str(tau)), skip, seed, weights)
+        names = inspect.signature(self.model.forward).parameters
+        self.cache_name = "cache" if "cache" in names else "past_key_values"  # of which transformers 5 has had both
+
+    @torch.inference_mode()
+    def score(self, pairs: Iterable[tuple[list[int], list[int]]]) -> Iterator[tuple[float, bool]]:
+        """As `RoE.score`: token by token, each predicted by the rosters from the clean history."""
+        model, state = self.model, self.model.roe
+        for context, continuation in pairs:
+            tokens = torch.tensor([(context + continuation)[-(self.max_length + 1) :]], device=self.device)
+            state.generator.manual_seed(state.seed)
+            history, total, greedy = {self.cache_name: roe_transformers.CleanCache(config=model.config)}, 0.0, True
+            context, *steps = tokens[:, :-1].split(
+                [tokens.shape[1] - len(continuation) - 1] + [1] * len(continuation), 1
+            )
+            if context.shape[1]:
+                model.base_model(input_ids=context, use_cache=True, **history)
+            for token, target in zip(steps, continuation):
+                logits = model(input_ids=token.repeat(state.rosters, 1), use_cache=True, **history).logits[:, -1]
+                log_probs = roe.aggregate(logits)
+                total, greedy = total + log_probs[target].item(), greedy and log_probs.argmax().item() == target
+            yield total, greedy
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **options) -> list[tuple[float, bool]]:
+        one = self.model.roe.rosters == 1  # whose tokens need not be read one by one
+        own = super()._loglikelihood_tokens if one else partial(RoE._loglikelihood_tokens, self)
+        return own(requests, disable_tqdm, **options)
+
+    def _model_generate(self, context, max_length: int, stop: list[str], **options) -> torch.Tensor:
+        if options.get("temperature", 0.0) == 0:
+            options = {name: value for name, value in options.items() if name != "temperature"} | {"do_sample": False}
+        rosters = self.model.roe.rosters
+        options["stopping_criteria"] = stop_sequences_criteria(self.tokenizer, stop, context.shape[1], rosters)
+        options |= {"max_length": max_length, "pad_token_id": self.tokenizer.pad_token_id}
+        return roe_transformers.generate(self.model, context, **options)
 
 
 if __name__ == "__main__":

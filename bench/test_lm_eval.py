@@ -1,6 +1,7 @@
 """Tests of what runs evaluations: against lm-eval's own `hf` model, on tasks that are files, without a network."""
 
 import gzip
+import inspect
 import itertools
 import json
 import math
@@ -13,7 +14,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
@@ -84,6 +92,31 @@ def small(tmp_path_factory):
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(ROOT / "tiny" / "tokenizer.json"), eos_token="<|endoftext|>")
     tokenizer.save_pretrained(path)
     return SimpleNamespace(path=path, model=load(path, "cpu")[0], tokenizer=load(path, "cpu")[1])
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory):
+    """Another architecture, as `small`."""
+    path = tmp_path_factory.mktemp("mixtral")
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=4096,
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=8,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.2,
+        bos_token_id=None,
+        pad_token_id=0,
+        eos_token_id=0,
+    )
+    MixtralForCausalLM(config).save_pretrained(path)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(ROOT / "tiny" / "tokenizer.json"), eos_token="<|endoftext|>")
+    tokenizer.save_pretrained(path)
+    return SimpleNamespace(path=path, tokenizer=tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +248,43 @@ def test_generated_text(ours, small):
         stop = texts[0][3:6]
         (text,) = model.generate_until(requests(("import os", options | {"until": [stop, ""]})))
         assert text == texts[0].split(stop)[0] != texts[0]
+
+
+def test_other_models_run_on_transformers(evaluate, mixtral, tmp_path):
+    """With one roster lm-eval's own hf model; with more, the rows of ports/roe_transformers.py, token by token."""
+    pytest.importorskip("accelerate", reason="lm-eval's hf model needs it")
+    from lm_eval_roe import RoE
+    from lm_eval_roe import roe_transformers as port
+
+    arguments = {"pretrained": str(mixtral.path), "dtype": "float32", "device": "cpu"}
+    for task in TASKS:
+        expected = evaluate("hf", task, model_args=arguments)
+        got = evaluate(RoE.create_from_arg_obj(arguments | {"rosters": 1}), task)
+        assert got == expected and len(got) >= len(QUESTIONS)
+
+    (tmp_path / "tau.json").write_text("[0, 0.5, 1, 0]")
+    options = {"rosters": 4, "tau": str(tmp_path / "tau.json"), "seed": 7}
+    ours = RoE.create_from_arg_obj(arguments | options)
+    context = mixtral.tokenizer.encode(PROSE.strip())
+    tokens, start = mixtral.tokenizer.encode(PROSE.strip() + " return self.items"), len(context)
+    model = AutoModelForCausalLM.from_pretrained(mixtral.path, dtype=torch.float32)
+    port.add_roe(model, 4, [0, 0.5, 1, 0], seed=7)
+    cache, total = port.CleanCache(config=model.config), 0.0
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    with torch.inference_mode():
+        model(input_ids=torch.tensor([tokens[: start - 1]]), **{name: cache})
+        for token, target in zip(tokens[start - 1 :], tokens[start:]):
+            logits = model(input_ids=torch.tensor([[token]] * 4), **{name: cache}).logits[:, -1]
+            total += logits.softmax(-1).mean(0)[target].log().item()
+    for _ in range(2):  # every answer is that of the seed
+        ((log_prob, _),) = ours.loglikelihood(requests((PROSE.strip(), " return self.items")))
+        assert log_prob == pytest.approx(total, rel=1e-5)
+
+    assert len(set(evaluate(ours, "generating"))) > 1
+    with pytest.raises(ValueError, match="leave out cache=branching"):
+        RoE.create_from_arg_obj(arguments | {"cache": "branching"})
+    with pytest.raises(ValueError, match="rosters=0"):
+        RoE.create_from_arg_obj(arguments | {"rosters": 0})
 
 
 def test_what_cannot_be_done_is_refused(ours):

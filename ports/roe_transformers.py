@@ -1,0 +1,199 @@
+"""Roster of Experts (RoE, arXiv 2509.17238) for Hugging Face transformers' mixture-of-experts models, in one file.
+
+    model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-30B-A3B", device_map="auto")
+    add_roe(model, rosters=8)
+    ids = generate(model, tokenizer("Why is the sky blue?", return_tensors="pt").input_ids.to(model.device))
+
+The n rosters of a token are n equal rows of a batch; row 0 is the clean path. Only its keys and values are kept (2.3).
+The others get noise in their routers (2.1), at the last position; the predictions of all rows are averaged (3.1).
+No router is rewritten. Its own forward runs under a `TorchFunctionMode`, which sees all that it asks of torch: for its
+first matrix product, the logits R, it is handed R + tau G, and what it makes of them are the "perturbed" weights. For
+"clean" ones it runs again, without noise, but each of its top-k is made to choose what it chose with noise: so it gives
+its own weights, by its own rule, to the experts that noise chose."""
+
+import argparse
+import inspect
+import json
+import math
+import os
+import sys
+import time
+from types import SimpleNamespace
+
+import torch
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LogitsProcessor, TextStreamer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.distributed import DistributedConfig
+
+WEIGHTS = "perturbed"  # the default; "clean" is the letter of equation 1
+CHOICES = torch.return_types.topk, torch.return_types.max
+
+
+def gumbel(shape, generator):
+    """I.i.d. Gumbel(0, 1) noise in float32, on the generator's device. All routing noise comes from here."""
+    return -torch.empty(shape, device=generator.device).exponential_(generator=generator).log()
+
+
+class NoisyForward(TorchFunctionMode):
+    """A router's forward, with noise in rows 1 to n - 1 of its logits [n * T, E], at the last position."""
+
+    def __init__(self, roe, router, tau):
+        super().__init__()
+        self.roe, self.plain, self.tau, self.kind = roe, router.forward, tau, type(router).__name__
+
+    def __call__(self, *args, **kwargs):
+        if self.roe.rows == 1:
+            return self.plain(*args, **kwargs)
+        self.roe.ran += 1
+        self.logits, self.chosen, self.again, clean = None, [], iter(()), self.roe.weights == "clean"
+        with self:
+            out = self.plain(*args, **kwargs)
+        if self.logits is None or (clean and not self.chosen):
+            raise ValueError(f"{self.kind} shows RoE no logits or no top-k, as {self.roe.weights} weights need it")
+        self.again = iter(self.chosen)
+        with self:
+            return self.plain(*args, **kwargs) if clean else out
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if self.logits is None and func in (torch.nn.functional.linear, torch.mm, torch.matmul):
+            self.logits = out.view(self.roe.rows, -1, out.shape[-1])[1:, -1]
+            self.logits += self.tau * gumbel(self.logits.shape, self.roe.generator).to(out.device)
+        elif isinstance(out, CHOICES) and (indices := next(self.again, None)) is not None:
+            values = args[0].gather(-1, indices.view(*args[0].shape[:-1], -1)).view(indices.shape)
+            return type(out)((values, indices))
+        elif isinstance(out, CHOICES):
+            self.chosen.append(out.indices)
+        return out
+
+
+def add_roe(model, rosters, tau=0.2, skip=1, seed=0, weights=WEIGHTS):
+    """Makes a model route batches of `rosters` rows with noise (equation 1); one row stays what it is.
+
+    `tau`: of all mixture layers but the first and last `skip`, or one for each (2.2). `weights` of the chosen experts:
+    the router's for R + tau G ("perturbed") or its own, for R ("clean"). `seed`: of the noise, which `generate` starts
+    anew for every text. Raises ValueError for a model that this cannot be right for, or arguments out of range."""
+    kind, module, modules = model.config.model_type, sys.modules[type(model).__module__], dict(model.named_modules())
+    odd = {type(layer) for layer in CleanCache(config=model.config).layers} - {DynamicLayer, DynamicSlidingWindowLayer}
+    own = [v for k, v in vars(module).items() if k.endswith("Cache") and v.__module__ == module.__name__]
+    if odd or own or model._is_stateful or model.config.is_encoder_decoder:
+        raise ValueError(f"{kind} has another memory than keys and values in a DynamicCache; RoE knows no other")
+    blocks = [name.removesuffix("experts") for name in modules if name.endswith(".experts")]
+    routers = [modules[b + name] for b in blocks for name in ("gate", "router") if b + name in modules]
+    if not (L := len(routers)):
+        raise ValueError(f"{kind} has no router that RoE can find: a module `gate` or `router` beside `experts`")
+    tau = [tau if skip <= i < L - skip else 0.0 for i in range(L)] if isinstance(tau, (int, float)) else list(tau)
+    if not (rosters > 0 <= skip and len(tau) == L and min(tau) >= 0 and weights in ("clean", "perturbed")):
+        raise ValueError(f"{rosters=}, {skip=}, {tau=}, {weights=}: need >= 1, >= 0, {L} >= 0, clean or perturbed")
+    remove_roe(model)
+    noisy = [(router, value) for router, value in zip(routers, tau) if value > 0 and rosters > 1]
+    generator = torch.Generator(model.device).manual_seed(seed)
+    roe = model.roe = SimpleNamespace(rosters=rosters, weights=weights, seed=seed, generator=generator, rows=1, ran=0)
+
+    def before(_, args, kwargs):
+        inputs = *args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        roe.rows, roe.ran = len(next(x for x in inputs if x is not None)), 0
+        if roe.rows not in (1, rosters):
+            raise ValueError(f"a batch must have one row, or {rosters} equal ones for the rosters, not {roe.rows}")
+
+    def after(*_):
+        if roe.rows > 1 and roe.ran != len(noisy):
+            raise ValueError(f"{kind} used {roe.ran} of {len(noisy)} noisy routers; RoE cannot steer the others")
+
+    hooks = [model.base_model.register_forward_pre_hook(before, with_kwargs=True)]
+    roe.undo = [hook.remove for hook in (*hooks, model.base_model.register_forward_hook(after))]
+    for router, value in noisy:
+        old = vars(router).get("forward")  # one that was set on the module, as accelerate does
+        roe.undo.append(lambda r=router, old=old: setattr(r, "forward", old) if old else delattr(r, "forward"))
+        router.forward = NoisyForward(roe, router, value)
+
+
+def remove_roe(model):
+    """Undoes `add_roe`; does nothing to a model without it."""
+    for undo in vars(model).pop("roe", SimpleNamespace(undo=())).undo:
+        undo()
+
+
+class CleanCache(DynamicCache):
+    """The Clean Cache (section 2.3): keeps row 0, and hands every row the clean history with its own current tokens."""
+
+    def update(self, key_states, value_states, *args, **kwargs):  # of T new positions, [n, heads, T, D]
+        clean, (n, _, T, _) = super().update(key_states[:1], value_states[:1], *args, **kwargs), key_states.shape
+        rows = [kept[:, :, : kept.shape[2] - T].expand(n, -1, -1, -1) for kept in clean]
+        return clean if n == 1 else (torch.cat((rows[0], key_states), 2), torch.cat((rows[1], value_states), 2))
+
+
+class EqualRows(torch.Tensor):
+    """Scores [n, vocab] with equal rows; what is drawn from them is drawn once, for all rows."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        x = super().__torch_function__(func, types, args, kwargs)
+        return x[:1].expand_as(x).as_subclass(torch.Tensor) if func in (torch.multinomial, torch.argmax) else x
+
+
+class Average(LogitsProcessor):
+    """Log of the rows' mean probability (section 3.1), in every row. `overruled` counts where row 0 chose otherwise."""
+
+    overruled = 0
+
+    def __call__(self, input_ids, scores):
+        mean = scores.float().log_softmax(-1).logsumexp(0) - math.log(len(scores))
+        self.overruled = self.overruled + (mean.argmax() != scores[0].argmax())
+        return mean.repeat(len(scores), 1).as_subclass(EqualRows)
+
+
+@torch.inference_mode()
+def generate(model, input_ids, attention_mask=None, cache=None, average=None, streamer=None, **options):
+    """Continues one text, ids [1, T], with the rosters of `add_roe`: reads it with one row, writes with n.
+
+    Takes what `model.generate` takes, and a `CleanCache` or an `Average` to look at afterwards; returns ids [1, T + new
+    ones], or with return_dict_in_generate n rows of all. torch's global generator draws samples."""
+    if not hasattr(model, "roe") or len(input_ids) != 1 or (attention_mask is not None and not attention_mask.all()):
+        raise ValueError("generate continues one text, ids [1, T] without padding, with a model after add_roe")
+    roe, cache = model.roe, CleanCache(config=model.config) if cache is None else cache
+    roe.generator.manual_seed(roe.seed)
+    cached = {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
+    if input_ids.shape[1] > 1:
+        model.base_model(input_ids=input_ids[:, :-1], use_cache=True, **cached)
+    options["logits_processor"] = [average or Average(), *options.get("logits_processor", [])]
+    options["streamer"] = streamer and SimpleNamespace(put=lambda ids: streamer.put(ids[:1]), end=streamer.end)
+    input_ids = input_ids.repeat(roe.rosters, 1)
+    out = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **cached, **options)
+    return out[:1] if isinstance(out, torch.Tensor) else out
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="The options are those of roe.py.")
+    options = {"model": "", "prompt": "", "rosters": 4, "tau": "0.2", "skip": 1, "weights": WEIGHTS, "seed": 0}
+    options |= {"max-new-tokens": 128, "temperature": 0.0, "top-p": 1.0, "dtype": "auto"}
+    for name, value in options.items():
+        parser.add_argument(f"--{name}", type=type(value), default=value, required=value == "", help=f"[{value}]")
+    parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+    args, times, where = parser.parse_args(), [], {"device_map": "auto"} if torch.accelerator.is_available() else {}
+    if os.environ.get("RANK", "0") != "0":  # all processes write the same text
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+    try:
+        if "RANK" in os.environ:  # torchrun
+            where = {"distributed_config": DistributedConfig(tp_plan="auto")}
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, **where)
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        tau = json.load(open(args.tau)) if os.path.isfile(args.tau) else float(args.tau)
+        add_roe(model, args.rosters, tau, args.skip, args.seed, args.weights)
+        text = sys.stdin.read() if args.prompt == "-" else args.prompt
+        chat = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) if args.chat else text
+        ids = tokenizer(text, add_special_tokens=not args.chat, return_tensors="pt").input_ids.to(model.device)
+        options = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
+        options |= {"temperature": args.temperature, "top_p": args.top_p, "top_k": 0} if args.temperature > 0 else {}
+        text = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        cache, average = CleanCache(config=model.config), Average()
+        timed = SimpleNamespace(put=lambda ids: (times.append(time.perf_counter()), text.put(ids)), end=text.end)
+        torch.manual_seed(args.seed)
+        n = generate(model, ids, cache=cache, average=average, streamer=timed, **options).shape[1] - ids.shape[1]
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"roe_transformers.py: error: {' '.join(str(error).split())}\n")
+    speed, nbytes = (n - 1) / (times[-1] - times[1] or 1), sum(kv.keys.nbytes + kv.values.nbytes for kv in cache.layers)
+    stats = f"{n} tokens, {speed:.1f} tokens/s, rosters: {args.rosters}, cache: {nbytes:,} bytes; the average overruled"
+    print(stats, f"the clean roster on {average.overruled} of the tokens", file=sys.stderr)

@@ -184,10 +184,11 @@ def main():
     add("--output", type=Path, default=Path(__file__).parent, help="folder (default: this script's)")
     add("--eval-every", type=int, default=500, help="steps between evaluations (default: %(default)s)")
     add("--every", type=int, default=1, help="train on every N-th file only, to see the model overfit (default: all)")
-    add("--width", type=int, default=config.hidden_size, help="hidden size; the experts' grows with it (default: 128)")
+    add("--width", type=int, default=config.hidden_size, help="hidden size (default: %(default)s)")
+    add("--expert-size", type=int, help="intermediate size of an expert (default: 5/4 of the hidden size)")
     add("--keep", action="store_true", help="keep the weights of every evaluation, in folders OUTPUT/STEP")
     args = parser.parse_args()
-    config.hidden_size, config.intermediate_size = args.width, args.width * 5 // 4
+    config.hidden_size, config.intermediate_size = args.width, args.expert_size or args.width * 5 // 4
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
     random.seed(seed)

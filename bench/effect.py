@@ -30,11 +30,11 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
 import train
+from tables import RESULTS, results
 
 import roe
 from load import EMBEDDED, load
 
-RESULTS = ROOT / "bench" / "results"
 HELD_OUT, VALIDATION = EMBEDDED / "heldout.txt", EMBEDDED / "validation.txt"
 ROSTERS = 32
 BLOCK = 512  # tokens; the context of the embedded model
@@ -59,11 +59,6 @@ def where(device: torch.device | None = None) -> dict:
         names = [line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")]
         machine = f"{torch.get_num_threads()} threads of {(names or [platform.processor()])[0]}"
     return {"machine": machine, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
-
-
-def results(name: str) -> list[dict]:
-    """The lines of one measurement, oldest first."""
-    return [json.loads(line) for line in open(RESULTS / f"{name}.jsonl")]
 
 
 def tuned(weights: str) -> list[float]:
@@ -170,7 +165,10 @@ def loss(model, pieces: list[list[int]]) -> float:
 
 
 def measure_tune(args: argparse.Namespace) -> Iterator[dict]:
-    """Equal searches on the validation text; beside what they find, one temperature for all layers but the ends."""
+    """Equal searches on the validation text, which are not repeated if DIR holds what they found.
+
+    Beside that, one temperature for all layers but the ends.
+    """
     rosters, trials, validation = 16, 50, VALIDATION.relative_to(ROOT)
     args.directory.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load(dtype="float32")
@@ -179,7 +177,8 @@ def measure_tune(args: argparse.Namespace) -> Iterator[dict]:
         output = args.directory.resolve() / f"{weights}.json"
         command = [sys.executable, "roe.py", "--tune", validation, "--rosters", str(rosters), "--trials", str(trials)]
         command += ["--dtype", "float32", "--weights", weights, "--output", output]
-        subprocess.run(command, cwd=ROOT, check=True)
+        if not output.exists():
+            subprocess.run(command, cwd=ROOT, check=True)
         for tau in (json.loads(output.read_text()), 0.2, 0.35, 0.5):
             scores = score(model, tokens, rosters, tau, 0, weights)
             found = {"weights": weights, "rosters": rosters, "tau": tau, "trials": trials * isinstance(tau, list)}

@@ -1,7 +1,7 @@
 """Measures what averaging rosters does to a model's predictions; `figures.py` draws what comes out.
 
     python bench/effect.py tune DIR          both readings of equation 1: the search for temperatures, kept in DIR
-    python bench/effect.py rosters           perplexity for 1 to 32 rosters, on all of the held-out text
+    python bench/effect.py rosters           perplexity for 1 to 32 rosters, on held-out text
     python bench/effect.py texts             the same on texts at growing distance from what the model was trained on
     python bench/effect.py tau               perplexity at n = 32 against one temperature for all noisy layers
     python bench/effect.py disagreement      token by token: how sure the clean path is, how many rosters agree
@@ -188,11 +188,11 @@ def measure_tune(args: argparse.Namespace) -> Iterator[dict]:
 
 def measure_rosters(args: argparse.Namespace) -> Iterator[dict]:
     model, tokenizer = load(dtype="float32")
-    tokens = tokenizer.encode(HELD_OUT.read_text(encoding="utf-8")).ids
+    pieces = rows(tokenizer.encode(HELD_OUT.read_text(encoding="utf-8")).ids, args.pieces)
     for weights in args.weights:
         tau = tuned(weights)
-        for change in measure(model, [tokens], tau, weights):
-            yield {"text": "held-out modules", "tokens": len(tokens), "weights": weights, "tau": tau} | change
+        for change in measure(model, pieces, tau, weights):
+            yield {"tokens": len(pieces) * BLOCK, "weights": weights, "tau": tau} | change
 
 
 def measure_texts(args: argparse.Namespace) -> Iterator[dict]:

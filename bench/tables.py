@@ -61,8 +61,8 @@ def table_tuned() -> str:
 
 
 def table_rosters() -> str:
-    """All of the held-out text."""
-    found = [line for line in results("rosters") if "weights" in line]
+    """Held-out text, tuned temperatures."""
+    found = results("rosters")
     counts = list(dict.fromkeys(line["rosters"] for line in found))
     found = latest(found, "weights", "rosters")
     rows = [[label, *(percent(found[key, str(n)]) for n in counts[1:])] for key, label in READINGS.items()]

@@ -86,12 +86,15 @@ def gaussian(shape, generator: torch.Generator) -> Tensor:
 
 
 def noisy_route(config, rosters: int, tau: list[float], generator, rule: Callable, noise: Callable = roe.gumbel):
-    """A rule as the `route` of `model.OLMoE`, with noise as in `roe.stochastic_route`."""
+    """A rule as the `route` of `model.OLMoE`, with noise as in `roe.stochastic_route`.
+
+    Once there are n rows, the rule also chooses in layers without noise: most rules choose plainly there.
+    """
 
     def route(layer, logits):
-        if rosters == 1 or tau[layer] == 0:
+        if rosters == 1 or len(logits) == 1 and tau[layer] == 0:
             return top_k(config, logits)
-        g = tau[layer] * noise((rosters - 1, *logits.shape[1:]), generator)
+        g = tau[layer] * noise((rosters - 1, *logits.shape[1:]), generator) if tau[layer] > 0 else 0
         logits = logits.float().expand(rosters, -1, -1)
         return rule(config, logits, torch.cat((logits[:1], logits[1:] + g)))
 

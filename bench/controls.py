@@ -14,14 +14,12 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
 from effect import BLOCK, RESULTS, ROSTERS, Softened, changes, softening, texts, tuned, where
 from torch import Tensor
 
-import bench
 import roe
 from cache import SharedCache
 from load import load
@@ -34,50 +32,50 @@ TAU = 0.3  # of what is timed, as in bench.py
 # ---- Without noise ---------------------------------------------------------------------------------------------------
 
 
-def more_experts(config, k: int) -> Callable:
-    return lambda layer, logits: top_k(replace(config, num_experts_per_tok=k), logits)
-
-
-def scaled(config, factor: float) -> Callable:
-    """The clean path with all experts' weights times a factor."""
+def scaled(k: int, factor: float = 1) -> Callable:
+    """Plain routing to k experts, with their weights times a factor."""
 
     def route(layer, logits):
-        weights, indices = top_k(config, logits)
+        weights, indices = top_k(logits, k)
         return factor * weights, indices
 
     return route
 
 
-# ---- With noise: rules choose from the logits R [n, T, E] and from R + tau G, whose row 0 has no noise ---------------
+# ---- With noise: rules choose k experts from the logits R [n, T, E] and R + tau G, whose row 0 has no noise ----------
 
 
-def perturbed(config, logits: Tensor, noisy: Tensor) -> tuple[Tensor, Tensor]:
+def pick(logits: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights softmax(logits) of the chosen experts, and those experts."""
+    return logits.softmax(-1).gather(-1, indices), indices
+
+
+def perturbed(logits: Tensor, noisy: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """RoE, with the weights that noise changes, too."""
-    return top_k(config, noisy)
+    return pick(noisy, noisy.topk(k).indices)
 
 
-def experts_only(config, logits: Tensor, noisy: Tensor) -> tuple[Tensor, Tensor]:
-    """RoE by the letter of equation 1: the same experts as `perturbed`, but the weights are softmax(R)."""
-    return top_k(config, logits, selection=noisy)
+def experts_only(logits: Tensor, noisy: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """RoE by the letter of equation 1: experts as in `perturbed`, but their weights are softmax(R)."""
+    return pick(logits, noisy.topk(k).indices)
 
 
-def weights_only(config, logits: Tensor, noisy: Tensor) -> tuple[Tensor, Tensor]:
+def weights_only(logits: Tensor, noisy: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The clean path's experts in every roster, and only their weights are noisy."""
-    indices = top_k(config, logits[:1])[1].expand(len(noisy), -1, -1)
-    return noisy.softmax(-1).gather(-1, indices), indices
+    return pick(noisy, logits[:1].topk(k).indices.expand(len(noisy), -1, -1))
 
 
-def rescaled(config, logits: Tensor, noisy: Tensor) -> tuple[Tensor, Tensor]:
+def rescaled(logits: Tensor, noisy: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`perturbed` with the weights scaled to the sum of the clean row's."""
-    weights, indices = top_k(config, noisy)
+    weights, indices = perturbed(logits, noisy, k)
     sums = weights.sum(-1, keepdim=True)
     return weights * sums[:1] / sums, indices
 
 
-def certain_head(config, logits: Tensor, noisy: Tensor) -> tuple[Tensor, Tensor]:
+def certain_head(logits: Tensor, noisy: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The best expert of each token stays and only the others are drawn (arXiv 2602.02443)."""
-    selection = noisy.scatter(-1, logits.argmax(-1, keepdim=True), math.inf)
-    return top_k(config, noisy, selection)
+    ranks = noisy.scatter(-1, logits.argmax(-1, keepdim=True), math.inf)
+    return pick(noisy, ranks.topk(k).indices)
 
 
 def gaussian(shape, generator: torch.Generator) -> Tensor:
@@ -86,17 +84,19 @@ def gaussian(shape, generator: torch.Generator) -> Tensor:
 
 
 def noisy_route(config, rosters: int, tau: list[float], generator, rule: Callable, noise: Callable = roe.gumbel):
-    """A rule as the `route` of `model.OLMoE`, with noise as in `roe.stochastic_route`.
+    """A rule as the `route` of `model.OLMoE`, with noise as in `roe.roster_route`.
 
     Once there are n rows, the rule also chooses in layers without noise: most rules choose plainly there.
     """
 
+    k = config.num_experts_per_tok
+
     def route(layer, logits):
         if rosters == 1 or len(logits) == 1 and tau[layer] == 0:
-            return top_k(config, logits)
+            return top_k(logits, k)
         g = tau[layer] * noise((rosters - 1, *logits.shape[1:]), generator) if tau[layer] > 0 else 0
         logits = logits.float().expand(rosters, -1, -1)
-        return rule(config, logits, torch.cat((logits[:1], logits[1:] + g)))
+        return rule(logits, torch.cat((logits[:1], logits[1:] + g)), k)
 
     return route
 
@@ -108,7 +108,7 @@ def noisy_route(config, rosters: int, tau: list[float], generator, rule: Callabl
 def run(model: OLMoE, piece: list[int], route: Callable) -> Iterator[tuple[Tensor, Tensor]]:
     """Log-probabilities [rows, t, vocab_size] and targets [t], a few tokens at a time, as in `roe.score`."""
     tokens = torch.as_tensor(piece)
-    cache = SharedCache(model.config, len(tokens) - 1, model.dtype, model.device)
+    cache = SharedCache(model.config, len(tokens) - 1)
     size = BLOCK // ROSTERS
     for part, targets in zip(tokens[:-1].split(size), tokens[1:].split(size)):
         yield model(part[None], cache, route).float().log_softmax(-1), targets
@@ -143,8 +143,8 @@ def measure_effect(args: argparse.Namespace) -> Iterator[dict]:
     model, tokenizer = load(dtype="float32")
     config, tau = model.config, tuned("perturbed")
     k, E = config.num_experts_per_tok, config.num_experts
-    free = {f"{n} experts, no noise": more_experts(config, n) for n in (k + 1, 2 * k, E)}
-    free |= {f"clean path, weights times {factor}": scaled(config, factor) for factor in (0.9, 1.1)}
+    free = {f"{n} experts, no noise": scaled(n) for n in (k + 1, 2 * k, E)}
+    free |= {f"clean path, weights times {factor}": scaled(k, factor) for factor in (0.9, 1.1)}
     noisy = {
         "rosters": (perturbed, roe.gumbel),
         "other experts, weights softmax(R)": (experts_only, roe.gumbel),
@@ -171,6 +171,8 @@ def measure_effect(args: argparse.Namespace) -> Iterator[dict]:
 
 def measure_time(args: argparse.Namespace) -> Iterator[dict]:
     """Decoding steps after 32 tokens; the rules and numbers of rosters take turns, and medians are reported."""
+    import bench
+
     rules = {"rosters": perturbed, "other weights, clean path's experts": weights_only}
     for layers in (0, 4):  # the embedded model, and four layers of OLMoE-1B-7B's shapes
         system = bench.RoE(SimpleNamespace(layers=layers, dtype="bfloat16", device="cpu"))
@@ -184,15 +186,17 @@ def measure_time(args: argparse.Namespace) -> Iterator[dict]:
 
 
 @torch.inference_mode()
-def decode(system: bench.RoE, route: Callable, n: int) -> list[float]:
-    """Seconds of decoding steps, as bench.py measures them."""
+def decode(system, route: Callable, n: int) -> list[float]:
+    """Seconds of decoding steps, as bench.py measures them; system is its `RoE`."""
+    from bench import timed
+
     cache = system.cache(32, 2 * system.steps)
 
     def step(token: int) -> int:
         logits = system.model(torch.tensor([[token]]), cache, route)[:, 0].expand(n, -1)
         return roe.aggregate(logits).argmax().item()
 
-    return bench.timed(step, system.steps)
+    return timed(step, system.steps)
 
 
 def main() -> None:

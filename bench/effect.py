@@ -130,7 +130,8 @@ class Softened:
 
 def score(model, piece: list[int], rosters: int, tau, seed: int, weights: str, watch: Callable | None = None) -> Tensor:
     """`roe.score`; watch gets log-probabilities [rosters, t, vocab_size] and targets [t]."""
-    return roe.score(model, piece, rosters, tau, seed, weights, watch=watch)
+    adapted = watch and (lambda logits, _, targets, __: watch(logits.float().log_softmax(-1), targets))
+    return roe.score(model, piece, rosters, tau, seed, weights, watch=adapted)
 
 
 def softening(clean: Softened, average: Softened) -> dict[str, float]:
@@ -165,25 +166,20 @@ def loss(model, pieces: list[list[int]]) -> float:
 
 
 def measure_tune(args: argparse.Namespace) -> Iterator[dict]:
-    """Equal searches on the validation text, which are not repeated if DIR holds what they found.
-
-    Beside that, one temperature for all layers but the ends.
-    """
-    rosters, trials, validation = 16, 50, VALIDATION.relative_to(ROOT)
+    """Equal searches on the validation text; beside what they find, one temperature for all layers but the ends."""
+    rosters, trials = 16, 50
     args.directory.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load(dtype="float32")
     tokens = tokenizer.encode(VALIDATION.read_text(encoding="utf-8")).ids
     for weights in READINGS:
-        output = args.directory.resolve() / f"{weights}.json"
-        command = [sys.executable, "roe.py", "--tune", validation, "--rosters", str(rosters), "--trials", str(trials)]
-        command += ["--dtype", "float32", "--weights", weights, "--output", output]
-        if not output.exists():
-            subprocess.run(command, cwd=ROOT, check=True)
+        output = args.directory / f"{weights}.json"
+        options = "--rosters", str(rosters), "--trials", str(trials), "--dtype", "float32", "--weights", weights
+        command = [sys.executable, ROOT / "bench" / "tune.py", VALIDATION, *options, "--output", output]
+        subprocess.run(command, check=True)
         for tau in (json.loads(output.read_text()), 0.2, 0.35, 0.5):
-            scores = score(model, tokens, rosters, tau, 0, weights)
-            found = {"weights": weights, "rosters": rosters, "tau": tau, "trials": trials * isinstance(tau, list)}
-            *_, change = changes(scores)
-            yield {"tokens": len(tokens)} | found | change
+            *_, change = changes(score(model, tokens, rosters, tau, 0, weights))
+            found = {"tokens": len(tokens), "weights": weights, "tau": tau, "trials": trials * isinstance(tau, list)}
+            yield found | change
 
 
 def measure_rosters(args: argparse.Namespace) -> Iterator[dict]:

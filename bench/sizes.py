@@ -27,7 +27,6 @@ import torch
 from effect import BLOCK, HELD_OUT, RESULTS, ROOT, ROSTERS, VALIDATION, rows, score, where
 from torch import Tensor
 
-import bench
 from load import load
 
 SIZES = 104, 160, 240  # of an expert: 0.65, 1 and 1.5 times the embedded model's
@@ -118,6 +117,8 @@ def measure_loss(directory: Path, count: int) -> Iterator[dict]:
 
 def measure_time(directory: Path, repeats: int) -> Iterator[dict]:
     """Decoding steps after 32 tokens, as bench.py measures them, in bfloat16; all take turns."""
+    import bench
+
     systems = {}
     for size in SIZES:
         system = systems[size] = bench.RoE(SimpleNamespace(layers=0, dtype="bfloat16", device="cpu"))

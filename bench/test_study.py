@@ -1,7 +1,6 @@
 """Tests of the studies: that texts, controls and fits are what they say."""
 
 import math
-from types import SimpleNamespace
 
 import controls
 import effect
@@ -66,13 +65,13 @@ def test_controls_measure_what_rosters_are_measured_with(loaded, rule, weights):
 
 def test_rules():
     """Against their descriptions, row by row and token by token."""
-    config = SimpleNamespace(num_experts_per_tok=2, norm_topk_prob=False)
+    k = 2
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 50, 8, generator=generator)
     noisy = logits + torch.cat((torch.zeros(1, 50, 8), roe.gumbel((2, 50, 8), generator)))
-    clean_weights, clean_indices = top_k(config, logits)
+    clean_weights, clean_indices = top_k(logits, k)
     rules = controls.weights_only, controls.rescaled, controls.certain_head
-    found = {rule.__name__: rule(config, logits, noisy) for rule in rules}
+    found = {rule.__name__: rule(logits, noisy, k) for rule in rules}
     for weights, indices in found.values():  # the clean row is as ever
         torch.testing.assert_close(weights[0], clean_weights[0])
         assert (indices[0] == clean_indices[0]).all()

@@ -133,7 +133,7 @@ def losses(model: olmoe.OLMoE, batch: torch.Tensor):
 
     def route(layer, logits):
         nonlocal balance, z
-        weights, indices = olmoe.top_k(config, logits)
+        weights, indices = olmoe.top_k(logits, config.num_experts_per_tok)
         used = F.one_hot(indices.flatten(), E).float().mean(0)
         balance = balance + E * (used * logits.float().softmax(-1).mean((0, 1))).sum() / config.num_hidden_layers
         z = z + logits.float().logsumexp(-1).square().mean() / config.num_hidden_layers

@@ -12,14 +12,17 @@ import itertools
 import json
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from effect import BLOCK, RESULTS, ROSTERS, Softened, changes, softening, texts, tuned, where
 from torch import Tensor
 
+import bench
 import roe
 from cache import SharedCache
 from load import load
@@ -171,11 +174,13 @@ def measure_effect(args: argparse.Namespace) -> Iterator[dict]:
 
 def measure_time(args: argparse.Namespace) -> Iterator[dict]:
     """Decoding steps after 32 tokens; the rules and numbers of rosters take turns, and medians are reported."""
-    import bench
-
     rules = {"rosters": perturbed, "other weights, clean path's experts": weights_only}
     for layers in (0, 4):  # the embedded model, and four layers of OLMoE-1B-7B's shapes
-        system = bench.RoE(SimpleNamespace(layers=layers, dtype="bfloat16", device="cpu"))
+        with tempfile.TemporaryDirectory() as folder:
+            if layers:
+                bench.write(Path(folder), layers)
+            model = folder if layers else None
+            system = bench.RoE(SimpleNamespace(model=model, layers=layers, dtype="bfloat16", device="cpu"))
         config, tau, seconds = system.model.config, roe.temperatures(system.model.config, TAU), {}
         for _, n, name in itertools.product(range(args.repeats), (1, 8, 32), rules):
             route = noisy_route(config, n, tau, torch.Generator().manual_seed(0), rules[name])
@@ -186,17 +191,15 @@ def measure_time(args: argparse.Namespace) -> Iterator[dict]:
 
 
 @torch.inference_mode()
-def decode(system, route: Callable, n: int) -> list[float]:
-    """Seconds of decoding steps, as bench.py measures them; system is its `RoE`."""
-    from bench import timed
-
+def decode(system: bench.RoE, route: Callable, n: int) -> list[float]:
+    """Seconds of decoding steps, as bench.py measures them."""
     cache = system.cache(32, 2 * system.steps)
 
     def step(token: int) -> int:
         logits = system.model(torch.tensor([[token]]), cache, route)[:, 0].expand(n, -1)
         return roe.aggregate(logits).argmax().item()
 
-    return timed(step, system.steps)
+    return bench.timed(step, system.steps)
 
 
 def main() -> None:

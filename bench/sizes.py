@@ -27,6 +27,7 @@ import torch
 from effect import BLOCK, HELD_OUT, RESULTS, ROOT, ROSTERS, VALIDATION, rows, score, where
 from torch import Tensor
 
+import bench
 from load import load
 
 SIZES = 104, 160, 240  # of an expert: 0.65, 1 and 1.5 times the embedded model's
@@ -117,12 +118,8 @@ def measure_loss(directory: Path, count: int) -> Iterator[dict]:
 
 def measure_time(directory: Path, repeats: int) -> Iterator[dict]:
     """Decoding steps after 32 tokens, as bench.py measures them, in bfloat16; all take turns."""
-    import bench
-
-    systems = {}
-    for size in SIZES:
-        system = systems[size] = bench.RoE(SimpleNamespace(layers=0, dtype="bfloat16", device="cpu"))
-        system.model, _ = load(directory / str(size), "cpu", "bfloat16")
+    load_as = {"layers": 0, "dtype": "bfloat16", "device": "cpu"}
+    systems = {size: bench.RoE(SimpleNamespace(model=directory / str(size), **load_as)) for size in SIZES}
     settings, seconds = [(size, 1) for size in SIZES] + [(MIDDLE, n) for n in COUNTS[1:]], {}
     for _, (size, n) in itertools.product(range(repeats), settings):
         seconds.setdefault((size, n), []).extend(systems[size].decode(n, 32))

@@ -1,4 +1,4 @@
-"""Draws README's figures, bench/figures/*.svg, from bench/results/*.jsonl and tiny/tau.json.
+"""Draws README's figures, bench/figures/*.svg, from bench/results/*.jsonl.
 
     pip install -e ".[figures]" && python bench/figures.py
 
@@ -6,7 +6,6 @@ Transparent and in colours of medium brightness, so that they can be read on lig
 """
 
 import io
-import json
 import math
 import os
 import pty
@@ -21,16 +20,17 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.text import Text
+from tables import latest, results
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "bench" / "figures"
 GREY, BLUE, ORANGE, GREEN = "#808890", "#3f8cff", "#e8762c", "#2ea05a"
-LABELS = {
-    "clean": ("softmax(R), τ = 0.2", BLUE),
-    "perturbed": ("softmax(R + τG), τ = 0.2", ORANGE),
-    "tuned": ("softmax(R), tuned τ", GREEN),
-}
 READINGS = {"clean": ("weights softmax(R)", BLUE), "perturbed": ("weights softmax(R + τG)", ORANGE)}
+SETTINGS = {
+    "clean": ("softmax(R), tuned τ", BLUE),
+    "perturbed": ("softmax(R + τG), tuned τ", ORANGE),
+    "perturbed, 0.5": ("softmax(R + τG), τ = 0.5", GREEN),
+}
 
 plt.rcParams.update(
     {
@@ -48,11 +48,6 @@ plt.rcParams.update(
 )
 
 
-def results(name: str) -> list[dict]:
-    """The lines of one measurement, oldest first."""
-    return [json.loads(line) for line in open(ROOT / "bench" / "results" / f"{name}.jsonl")]
-
-
 def curves(lines: list[dict], key: str, x: str) -> dict[str, list[tuple[float, float, float]]]:
     """For every value of `key`: x, change and error in percent, sorted; of two measurements the later one."""
     found = defaultdict(dict)
@@ -67,19 +62,45 @@ def save(figure, name: str) -> None:
 
 
 def draw_rosters() -> None:
-    lines = results("rosters")
-    texts = list(dict.fromkeys(line["text"] for line in lines))
-    figure, axes = plt.subplots(1, len(texts), figsize=(8.5, 3.2), sharey=True)
-    for ax, text in zip(axes, texts, strict=True):
-        for setting, points in curves([line for line in lines if line["text"] == text], "setting", "rosters").items():
-            label, colour = LABELS[setting]
-            ax.errorbar(*zip(*points, strict=True), color=colour, label=label, marker="o", ms=4, capsize=2)
-        ax.set_xscale("log", base=2)
-        ax.set_xticks([1, 2, 4, 8, 16, 32], [1, 2, 4, 8, 16, 32])
-        ax.set(xlabel="rosters n", title=text)
-    axes[0].set_ylabel("change of perplexity, %")
-    axes[0].legend()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.2), width_ratios=(3, 2))
+    for weights, points in curves(results("rosters"), "weights", "rosters").items():
+        label, colour = READINGS[weights]
+        left.errorbar(*zip(*points, strict=True), color=colour, label=label, marker="o", ms=4, capsize=2)
+    left.set_xscale("log", base=2)
+    left.set_xticks([1, 2, 4, 8, 16, 32], [1, 2, 4, 8, 16, 32])
+    left.set(xlabel="rosters n", ylabel="change of perplexity, %", title="held-out modules, tuned τ")
+    left.legend()
+    for weights, line in latest([line for line in results("tune") if line["trials"]], "weights").items():
+        _, colour = READINGS[weights[0]]
+        right.plot(range(len(line["tau"])), line["tau"], color=colour, marker="o", ms=4)
+    right.set(xlabel="layer", ylabel="tuned τ", ylim=(0, 0.55))
     save(figure, "rosters")
+
+
+def draw_texts() -> None:
+    """Change against the clean path's perplexity; dots of one text lie above each other, below its name."""
+    lines = latest([line for line in results("texts") if "softened" in line], "text", "setting").values()
+    clean = lambda line: line["perplexity"] / (1 + line["change"])
+    beyond = ", beyond softmax temperature"
+    figure, ax = plt.subplots(figsize=(8.5, 4.2))
+    for setting, (label, colour) in SETTINGS.items():
+        chosen = sorted((line for line in lines if line["setting"] == setting), key=clean)
+        for key, style, note in ("change", "-", ""), ("softened", ":", beyond):
+            error = "error" if key == "change" else "softened_error"
+            y, yerr = ([100 * line[name] for line in chosen] for name in (key, error))
+            style = {"color": colour, "ls": style, "marker": "o", "ms": 4, "capsize": 2, "label": label + note}
+            ax.errorbar([clean(line) for line in chosen], y, yerr, **style)
+    for i, line in enumerate(chosen):
+        place = {"xytext": (0, 4 + 11 * (i % 2)), "textcoords": "offset points", "ha": "center", "fontsize": 8}
+        ax.annotate(line["text"], (clean(line), 0.5), **place)
+    ax.axhline(0, color=GREY, lw=1)
+    ax.set_xscale("log")
+    ax.set_xticks(*2 * [[10, 20, 50, 100, 200]])
+    ax.minorticks_off()
+    ax.margins(0.08, 0.1)
+    ax.set(xlabel="perplexity of the clean path", ylabel="change of perplexity, %")
+    ax.legend(fontsize=8)
+    save(figure, "texts")
 
 
 def draw_tau() -> None:
@@ -92,16 +113,6 @@ def draw_tau() -> None:
     ax.set(xlim=(0, 0.75), ylim=(-2, 2))  # beyond, it only gets worse
     ax.legend()
     save(figure, "tau")
-
-
-def draw_tuned() -> None:
-    tau = json.loads((ROOT / "tiny" / "tau.json").read_text())
-    figure, ax = plt.subplots(figsize=(3.5, 3.2))
-    bars = ax.bar(range(len(tau)), tau, color=GREEN)
-    ax.bar_label(bars, fmt="%.2f", color=GREY)
-    ax.grid(False, axis="x")
-    ax.set(xlabel="layer", ylabel="tuned τ", ylim=(0, 0.55), xticks=range(len(tau)))
-    save(figure, "tuned")
 
 
 def draw_disagreement() -> None:
@@ -147,6 +158,31 @@ def draw_checkpoints() -> None:
     right.set(xlabel="held-out loss - training loss, nats", ylabel="change of perplexity, %", title="n = 32, best τ")
     right.legend(fontsize=8)
     save(figure, "checkpoints")
+
+
+def draw_sizes() -> None:
+    lines = results("sizes")
+    models = list(latest([line for line in lines if line["what"] == "model"], "size").values())
+    rosters = [line for line in latest([line for line in lines if line["what"] == "rosters"], "rosters").values()]
+    *_, fit = (line for line in lines if line["what"] == "line")
+    figure, ax = plt.subplots(figsize=(6, 3.6))
+    x = [line["active"] / 1e6 for line in models]
+    ax.errorbar(x, [line["loss"] for line in models], [line["error"] for line in models], fmt="o", ms=5, color=GREY)
+    ax.plot(x, [fit["a"] + fit["b"] * math.log(1e6 * p) for p in x], "--", color=GREY, label="one roster, three sizes")
+    (middle,) = (line["active"] / 1e6 for line in models if line["size"] == rosters[0]["size"])
+    losses = [line["loss"] for line in rosters]
+    ax.plot([middle] * len(losses), losses, color=ORANGE, marker="o", ms=4, label="rosters of the middle one")
+    worth, low, high = ([line[key] / 1e6 for line in rosters] for key in ("worth", "low", "high"))
+    spans = [[w - l for w, l in zip(worth, low)], [h - w for w, h in zip(worth, high)]]
+    ax.errorbar(worth[-1:], losses[-1:], xerr=[s[-1:] for s in spans], color=ORANGE, capsize=3, marker="x", ls="none")
+    ax.plot([middle, worth[-1]], losses[-1:] * 2, ":", color=ORANGE)
+    ax.annotate(f"n = {rosters[-1]['rosters']}", (middle, losses[-1]), (-6, 0), textcoords="offset points", ha="right")
+    ax.set_xscale("log")
+    ax.set_xticks(x, [f"{p:.2f} M" for p in x])
+    ax.minorticks_off()
+    ax.set(xlabel="parameters read per token", ylabel="held-out loss, nats per token")
+    ax.legend()
+    save(figure, "sizes")
 
 
 def draw_cost() -> None:

@@ -133,7 +133,7 @@ def losses(model: olmoe.OLMoE, batch: torch.Tensor):
 
     def route(layer, logits):
         nonlocal balance, z
-        weights, indices = olmoe.top_k(config, logits)
+        weights, indices = olmoe.top_k(logits, config.num_experts_per_tok)
         used = F.one_hot(indices.flatten(), E).float().mean(0)
         balance = balance + E * (used * logits.float().softmax(-1).mean((0, 1))).sum() / config.num_hidden_layers
         z = z + logits.float().logsumexp(-1).square().mean() / config.num_hidden_layers
@@ -184,10 +184,11 @@ def main():
     add("--output", type=Path, default=Path(__file__).parent, help="folder (default: this script's)")
     add("--eval-every", type=int, default=500, help="steps between evaluations (default: %(default)s)")
     add("--every", type=int, default=1, help="train on every N-th file only, to see the model overfit (default: all)")
-    add("--width", type=int, default=config.hidden_size, help="hidden size; the experts' grows with it (default: 128)")
+    add("--width", type=int, default=config.hidden_size, help="hidden size (default: %(default)s)")
+    add("--expert-size", type=int, help="intermediate size of an expert (default: 5/4 of the hidden size)")
     add("--keep", action="store_true", help="keep the weights of every evaluation, in folders OUTPUT/STEP")
     args = parser.parse_args()
-    config.hidden_size, config.intermediate_size = args.width, args.width * 5 // 4
+    config.hidden_size, config.intermediate_size = args.width, args.expert_size or args.width * 5 // 4
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
     random.seed(seed)

@@ -1,0 +1,156 @@
+"""Prints the tables of bench/README.md from bench/results/*.jsonl, as Markdown.
+
+    python bench/tables.py NAME ...      all of them without a name
+
+Of two measurements of the same thing the later one counts. Changes are of perplexity, in percent, with standard errors.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SETTINGS = {
+    "clean": "softmax(R), tuned τ",
+    "perturbed": "softmax(R + τG), tuned τ",
+    "perturbed, 0.5": "softmax(R + τG), τ = 0.5",
+}
+READINGS = {"clean": "softmax(R)", "perturbed": "softmax(R + τG)"}
+
+
+def results(name: str) -> list[dict]:
+    """The lines of one measurement, oldest first."""
+    return [json.loads(line) for line in open(RESULTS / f"{name}.jsonl")]
+
+
+def latest(lines: list[dict], *keys: str) -> dict:
+    """{values of the keys: last line that has them}, in the order in which they were first measured."""
+    return {tuple(str(line[key]) for key in keys): line for line in lines}
+
+
+def markdown(head: list, rows: list[list]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def percent(line: dict, key: str = "change", error: str = "error") -> str:
+    return f"{100 * line[key]:+.2f} ± {100 * line[error]:.2f}"
+
+
+def percents(line: dict) -> str:
+    """A change, and in brackets what is left of it when both sides get the softmax temperature that suits them best."""
+    return f"{percent(line)} ({100 * line['softened']:+.2f})"
+
+
+def table_tune() -> str:
+    """Perplexity of the validation text."""
+    found = latest(results("tune"), "weights", "tau")
+    names = list(dict.fromkeys("tuned" if line["trials"] else f"τ = {line['tau']}" for line in found.values()))
+    rows = {weights: [label] for weights, label in READINGS.items()}
+    for line in found.values():
+        rows[line["weights"]].append(f"{line['perplexity']:.3f} ({percent(line)})")
+    return markdown(["weights", *names], rows.values())
+
+
+def table_tuned() -> str:
+    """The temperatures found, by layer."""
+    found = latest([line for line in results("tune") if line["trials"]], "weights")
+    layers = range(len(next(iter(found.values()))["tau"]))
+    rows = [[READINGS[weights], *(f"{tau:.3f}" for tau in line["tau"])] for (weights,), line in found.items()]
+    return markdown(["weights", *(f"layer {i}" for i in layers)], rows)
+
+
+def table_rosters() -> str:
+    """Held-out text, tuned temperatures."""
+    found = results("rosters")
+    counts = list(dict.fromkeys(line["rosters"] for line in found))
+    found = latest(found, "weights", "rosters")
+    rows = [[label, *(percent(found[key, str(n)]) for n in counts[1:])] for key, label in READINGS.items()]
+    return markdown(["rosters", *counts[1:]], rows)
+
+
+def table_texts() -> str:
+    """Texts at growing distance, n = 32."""
+    found = latest([line for line in results("texts") if "softened" in line], "text", "setting")
+    rows = []
+    for (text,), line in latest(list(found.values()), "text").items():
+        changes = (percents(found[text, setting]) for setting in SETTINGS)
+        clean = line["perplexity"] / (1 + line["change"])
+        rows.append((clean, [f"{text} ({line['source']})", f"{line['tokens']:,}", f"{clean:.1f}", *changes]))
+    return markdown(["text", "tokens", "perplexity, n = 1", *SETTINGS.values()], [row for _, row in sorted(rows)])
+
+
+def table_counts() -> str:
+    """The same texts, 2 to 32 rosters, perturbed weights and tuned temperatures."""
+    found = [line for line in results("texts") if line["setting"] == "perturbed"]
+    counts = list(dict.fromkeys(line["rosters"] for line in found))
+    found = latest(found, "text", "rosters")
+    order = sorted({text for text, _ in found}, key=lambda text: found[text, "1"]["perplexity"])
+    return markdown(
+        ["rosters", *counts[1:]], [[text, *(percent(found[text, str(n)]) for n in counts[1:])] for text in order]
+    )
+
+
+def table_tau() -> str:
+    """One temperature for all layers but the ends, n = 32, held-out modules."""
+    found = latest(results("tau"), "weights", "tau")
+    taus = list(dict.fromkeys(tau for _, tau in found))
+    rows = [[label, *(percent(found[weights, tau]) for tau in taus)] for weights, label in READINGS.items()]
+    return markdown(["τ", *taus], rows)
+
+
+def table_controls() -> str:
+    """Controls, n = 32 where there are rosters."""
+    found = latest([line for line in results("controls")], "control", "text")
+    texts = list(dict.fromkeys(text for _, text in found))
+    rows = [
+        [control, *(percents(found[control, text]) for text in texts)]
+        for control in dict.fromkeys(control for control, _ in found)
+    ]
+    return markdown(["", *texts], rows)
+
+
+def table_controls_time() -> str:
+    """Milliseconds per token."""
+    found = latest(results("controls_time"), "control", "layers", "rosters")
+    counts = list(dict.fromkeys(n for _, _, n in found))
+    models = {"0": "embedded model", "4": "four layers of OLMoE"}
+    rows = [
+        [f"{control}, {model}", *(f"{found[control, layers, n]['ms']:.2f}" for n in counts)]
+        for layers, model in models.items()
+        for control in dict.fromkeys(control for control, _, _ in found)
+    ]
+    return markdown(["rosters", *counts], rows)
+
+
+def table_sizes() -> str:
+    """Three sizes, and the middle one with rosters: loss, and the size that it is worth."""
+    lines = results("sizes")
+    times = latest([line for line in lines if line["what"] == "time"], "size", "rosters")
+    rows = []
+    for line in latest([line for line in lines if line["what"] == "model"], "size").values():
+        ms = times[str(line["size"]), "1"]["ms"]
+        loss = f"{line['loss']:.4f} ± {line['error']:.4f}"
+        rows.append([f"experts of {line['size']}", f"{line['active'] / 1e6:.3f} M", loss, f"{ms:.2f}"])
+    for line in latest([line for line in lines if line["what"] == "rosters"], "rosters").values():
+        if line["rosters"] > 1:
+            ms = times[str(line["size"]), str(line["rosters"])]["ms"]
+            worth, low, high = (f"{line[key] / 1e6:.3f}" for key in ("worth", "low", "high"))
+            name, loss = (
+                f"experts of {line['size']}, n = {line['rosters']}",
+                f"{line['loss']:.4f} ± {line['error']:.4f}",
+            )
+            rows.append([name, f"worth {worth} M ({low} to {high})", loss, f"{ms:.2f}"])
+    return markdown(["model", "parameters read per token", "held-out loss", "milliseconds per token"], rows)
+
+
+def main() -> None:
+    tables = {name.removeprefix("table_"): table for name, table in globals().items() if name.startswith("table_")}
+    for name in sys.argv[1:] or tables:
+        if name not in tables:
+            sys.exit(f"there is no table {name}; there are {', '.join(tables)}")
+        print(f"{tables[name]()}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -323,7 +323,7 @@ def score(
         history: a cache that holds the tokens before tokens[0], with room for T - 1 more, by which it is extended.
             None: there are none.
         watch: called as watch(logits [rosters, t, V], log_probs [t, V], tokens [t], cache) for every t tokens of the
-            text; log_probs is the average of all rosters.
+            text; log_probs is what all rosters together predict.
 
     Returns:
         log-probabilities [rosters, T - 1] in float32; row n - 1 is that of tokens[1:] under n rosters.
@@ -354,13 +354,17 @@ def score(
                 logits = model(part[None], cache, route).expand(rosters, -1, -1)
                 log_probs = logits.float().log_softmax(-1)
                 found = log_probs.gather(-1, target.expand(rosters, -1).unsqueeze(-1)).squeeze(-1)
-                averages = found.logcumsumexp(0) - counts.log()[:, None]
+                averages, average = found.logcumsumexp(0) - counts.log()[:, None], None
+                if watch:
+                    average = log_probs.logsumexp(0) - math.log(rosters)
                 if margin < 1:
-                    averages = averages.where(~sure(log_probs[0], margin), found[0])
+                    clean = sure(log_probs[0], margin)
+                    averages = averages.where(~clean, found[0])
+                    average = average if average is None else average.where(~clean[:, None], log_probs[0])
                 scores[:, done : done + len(part)] = averages
                 done += len(part)
                 if watch:
-                    watch(logits, log_probs.logsumexp(0) - math.log(rosters), target, cache)
+                    watch(logits, average, target, cache)
                 progress.update(len(part))
     return check_finite(scores)
 

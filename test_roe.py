@@ -484,10 +484,15 @@ def test_margin_in_generation(small, monkeypatch, options):
 
 def test_margin_in_scoring(small):
     """The log-probabilities of the procedure: the clean path's where it is sure, the average's elsewhere."""
-    tokens, seen = random_tokens(80), []
+    tokens, clean, together = random_tokens(80), [], []
+    watch = lambda logits, log_probs, tokens, cache: (
+        clean.append(logits[0]),
+        together.append(log_probs.gather(-1, tokens[:, None])[:, 0]),
+    )
     full = roe.score(small.model, tokens, 6, TAU)
-    scores = roe.score(small.model, tokens, 6, TAU, margin=0.05, watch=lambda logits, *_: seen.append(logits[0]))
-    first, second = torch.cat(seen).softmax(-1).topk(2).values.unbind(-1)
+    scores = roe.score(small.model, tokens, 6, TAU, margin=0.05, watch=watch)
+    torch.testing.assert_close(torch.cat(together), scores[-1])
+    first, second = torch.cat(clean).softmax(-1).topk(2).values.unbind(-1)
     sure = first - second >= 0.05
     assert 10 < sure.sum() < 70
     assert torch.equal(scores[:, sure], full[:1, sure].expand(6, -1)) and torch.equal(scores[:, ~sure], full[:, ~sure])

@@ -45,9 +45,13 @@ from cache import SharedCache
 from load import EMBEDDED, load, stored_name
 from model import (
     Config,
+    Expert,
+    Experts,
     Norm,
     OLMoE,
+    PackedExpert,
     PackedLinear,
+    SortedExperts,
     attend,
     attend_by_head,
     packs_on,
@@ -377,13 +381,29 @@ def check_tricks() -> None:
     random = lambda *shape: torch.randn(shape).bfloat16()
     rows = lambda n: random(n, config.hidden_size)
     each = lambda modules, x: [module(x) for module in modules]  # of more memory than caches hold
+    with torch.device("meta"):
+        plain = Experts(Expert(config) for _ in range(config.num_experts))
+    plain = plain.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
+    for p in plain.parameters():
+        p.normal_(std=0.02)
     tricks = []  # name, plain, trick
     if packs_on(random(1)):
-        linears = [nn.Linear(config.hidden_size, config.intermediate_size, bias=False).bfloat16() for _ in range(64)]
+        linears = [expert.up_proj for expert in plain]
         packed = [PackedLinear(linear.weight) for linear in linears]
+        fused = Experts(PackedExpert(expert) for expert in plain)
+        for expert in plain:
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                setattr(expert, name, PackedLinear(expert.get_submodule(name).weight))
         for n in (1, 8, 32):
             x = rows(n)
             tricks.append((f"PackedLinear, {n} rows", lambda x=x: each(linears, x), lambda x=x: each(packed, x)))
+            tricks.append((f"PackedExpert, {n} rows", lambda x=x: each(plain, x), lambda x=x: each(fused, x)))
+        plain = fused
+    sorts = SortedExperts(plain)
+    for n in (1, 32):
+        weights, indices = torch.rand(n, 1, config.num_experts).topk(config.num_experts_per_tok)
+        args = rows(n)[:, None], weights.bfloat16(), indices
+        tricks.append((f"SortedExperts, {n} rows", lambda a=args: plain(*a), lambda a=args: sorts(*a)))
     norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps).bfloat16()
     quick = Norm(norm)
     for n in (1, 512):
@@ -391,22 +411,23 @@ def check_tricks() -> None:
         many = range(32)  # of one call alone, a pause would be all that is seen
         tricks.append((f"Norm, {n} rows", lambda x=x: [norm(x) for _ in many], lambda x=x: [quick(x) for _ in many]))
     H, D = config.num_attention_heads, config.head_dim
-    for n, T, S in ((1, 2048, 2047), (1, 1, 2048), (8, 1, 2048), (32, 1, 2048)):
+    for n, T, S in ((1, 2048, 2048), (1, 1, 32), (1, 1, 2048), (8, 1, 2048), (32, 1, 2048)):
         # Of more memory than caches hold; and with room for more, since keys that fill it are read faster.
         shared = [random(1, H, S + 100, D)[:, :, :S] for _ in range(16 if T == 1 else 2)]
-        q, own, pairs = random(n, H, T, D), random(n, H, T, 1, D), list(zip(shared[::2], shared[1::2]))
+        own, pairs = random(n, H, T, int(n > 1), D), list(zip(shared[::2], shared[1::2]))
+        q = random(n, H, T, D)
         step = lambda attend, q=q, own=own, pairs=pairs: [attend(q, k, v, own, own) for k, v in pairs]
         what = f"a prompt of {T}" if T > 1 else f"{n} rows after {S} tokens"
         tricks.append((f"attend_by_head, {what}", lambda s=step: s(attend), lambda s=step: s(attend_by_head)))
     print(f"torch {torch.__version__}: times as fast as the plain code")
     for name, *forms in tricks:
         times = {form: [] for form in forms}
-        for _ in range(7):
+        for _ in range(16):
             for form in forms:
                 start = time.perf_counter()
                 form()
                 times[form].append(time.perf_counter() - start)
-        slow, fast = (statistics.median(values[1:]) for values in times.values())
+        slow, fast = (statistics.median(values[2:]) for values in times.values())
         print(f"{slow / fast:5.2f}  {name}{'' if slow / fast >= 1.05 else '  <- does not pay here'}", flush=True)
 
 

@@ -23,7 +23,7 @@ def loaded():
 
 
 def test_ratio():
-    """Of equal blocks it is a mean, with a mean's standard error; else the jackknife over blocks says nearly the same."""
+    """Of equal blocks it is a mean with its standard error; else the jackknife over blocks says nearly the same."""
     value, error = margin.ratio([1, 2, 3, 4], [2, 2, 2, 2])
     assert (value, error) == pytest.approx((1.25, torch.tensor([0.5, 1, 1.5, 2]).std().item() / 2))
     generator = torch.Generator().manual_seed(0)

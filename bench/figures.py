@@ -218,6 +218,33 @@ def draw_cost() -> None:
     save(figure, "cost")
 
 
+def draw_margin() -> None:
+    """What a margin keeps against what a token costs, both on the same kind of text."""
+    lines = results("margin")
+    effect, time = (
+        latest([line for line in lines if line["what"] == what], *"text", "rosters", "margin")
+        for what in ("effect", "time")
+    )
+    panels = (
+        ("held-out", "gain_kept", "held-out text", "gain in log-likelihood kept, %"),
+        ("greedy", "overruled_kept", "greedy text of its own", "overruled tokens kept, %"),
+    )
+    figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.6))
+    for ax, (text, key, title, label) in zip(axes, panels, strict=True):
+        for n, colour in {"4": GREEN, "8": BLUE, "32": ORANGE}.items():
+            chosen = [
+                (m, line, time[text, n, m]) for (name, count, m), line in effect.items() if (name, count) == (text, n)
+            ]
+            x, y = [cost["ratio"] for _, _, cost in chosen], [100 * line[key] for _, line, _ in chosen]
+            errors = [100 * line[f"{key}_error"] for _, line, _ in chosen]
+            ax.errorbar(x, y, errors, color=colour, label=f"n = {n}", marker="o", ms=4, capsize=2)
+            for (m, _, _), *place in zip(chosen, x, y, strict=True):
+                ax.annotate(f"{float(m):g}", place, (3, -10), textcoords="offset points", fontsize=7, color=colour)
+        ax.set(xlabel="time per token, relative to one roster", ylabel=label, title=title)
+        ax.legend(loc="lower right")
+    save(figure, "margin")
+
+
 def draw_show() -> None:
     """What a terminal shows, as a picture of that terminal."""
     command = ["roe.py", "--prompt", "class Error(Exception):", "--rosters", "32", "--max-new-tokens", "55", "--show"]

@@ -219,6 +219,58 @@ def filled(text: str) -> str:
     return re.sub(r"(<!-- table (\w+) -->).*?(<!-- end -->)", table, text, flags=re.DOTALL)
 
 
+def table_margin() -> str:
+    """What margins keep, in percent."""
+    found = latest([line for line in results("margin") if line["what"] == "effect"], "text", "rosters", "margin")
+    texts, counts, margins = (list(dict.fromkeys(values)) for values in zip(*found))
+    rows = []
+    for text in texts:
+        line = found[text, counts[0], margins[0]]
+        rows.append([f"{text}, {line['tokens']:,} tokens", "tokens with rosters", counts[0]])
+        rows += [["", f"overruled tokens kept, of {found[text, n, margins[0]]['overruled']:.0f}", n] for n in counts]
+        keys = ["share", *["overruled_kept"] * len(counts)]
+        if text == "held-out":
+            rows += [["", "gain kept", n] for n in counts]
+            keys += ["gain_kept"] * len(counts)
+        for key, row in zip(keys, rows[-len(keys) :]):
+            lines = [found[text, row[-1], m] for m in margins]
+            row[-1] = "any" if key == "share" else row[-1]
+            row += [f"{100 * line[key]:.1f} ± {100 * line[f'{key}_error']:.1f}" for line in lines]
+    return markdown(["text", "", "n", *(f"M = {m}" for m in margins)], rows)
+
+
+def table_margin_time() -> str:
+    """Time of a token relative to one roster, embedded model."""
+    found = latest([line for line in results("margin") if line["what"] == "time"], "text", "rosters", "margin")
+    texts, counts, margins = (list(dict.fromkeys(values)) for values in zip(*found))
+    margins.remove("1.0")
+    rows = []
+    for text in texts:
+        shares = (f"{100 * found[text, counts[-1], m]['share']:.0f} %" for m in margins)
+        rows.append([f"{text}, tokens with rosters", "any", *shares, "all"])
+        for n in counts:
+            lines = [found.get((text, n, m)) for m in [*margins, "1.0"]]
+            rows.append([f"{text}, time", n, *(f"{line['ratio']:.2f}" if line else "" for line in lines)])
+    one = [f"{found[text, '1', '1.0']['ms']:.2f} ms" for text in texts]
+    rows += [[f"{text}, one roster", 1, *[""] * len(margins), ms] for text, ms in zip(texts, one)]
+    return markdown(["text", "n", *(f"M = {m}" for m in margins), "M = 1"], rows)
+
+
+def table_margin_forced() -> str:
+    """Time of a token relative to one roster against the share of unsure tokens, four layers of OLMoE's shapes."""
+    found = [line for line in results("margin") if line["what"] == "forced"]
+    always = latest([line for line in found if line["margin"] == 1], "history", "rosters")
+    found = latest([line for line in found if line["margin"] < 1], "history", "rosters", "share")
+    shares = list(dict.fromkeys(share for _, _, share in found))
+    rows = []
+    for (history, n), line in always.items():
+        ratios = [found[history, n, share]["ratio"] for share in shares] if n != "1" else []
+        cells = [f"{ratio:.2f}" for ratio in ratios] or [""] * len(shares)
+        rows.append([history, n, f"{line['ms']:.1f}", *cells, f"{line['ratio']:.2f}"])
+    heads = [f"{100 * float(share):.0f} % unsure" for share in shares]
+    return markdown(["tokens before", "n", "milliseconds, M = 1", *heads, "M = 1"], rows)
+
+
 def main() -> None:
     tables = {name.removeprefix("table_"): table for name, table in globals().items() if name.startswith("table_")}
     if sys.argv[1:] == ["--write"]:

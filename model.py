@@ -213,13 +213,10 @@ def speed_up(module: nn.Module) -> None:
             setattr(module, name, PackedLinear(child.weight) if packs else child)
         elif isinstance(child, nn.RMSNorm):
             setattr(module, name, Norm(child))
-        elif isinstance(child, Expert):
-            setattr(module, name, PackedExpert(child) if packs else child)
-        elif isinstance(child, Experts):
-            speed_up(child)
-            setattr(module, name, SortedExperts(child) if weight.is_cpu else StackedExperts(child))
         else:
             speed_up(child)
+        if isinstance(child, Experts) and not weight.is_cpu:
+            setattr(module, name, StackedExperts(child))
     if isinstance(module, Attention):
         module.attend = attend_by_head
 
@@ -247,33 +244,6 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
-
-
-class PackedExpert(nn.Module):
-    """`Expert` in two packed products instead of three: gate and up are one. @@"""
-
-    def __init__(self, expert: Expert):
-        super().__init__()
-        self.gate_up_proj = PackedLinear(torch.cat((expert.gate_proj.weight, expert.up_proj.weight)))
-        self.down_proj = PackedLinear(expert.down_proj.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, -1)
-        return self.down_proj(F.silu(gate) * up)
-
-
-class SortedExperts(Experts):
-    """`Experts` with one sort instead of a search for every expert: @@"""
-
-    def forward(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-        expert, order = indices.flatten().sort(stable=True)
-        counts = expert.bincount(minlength=len(self)).tolist()
-        rows, weights = order // indices.shape[-1], weights.flatten()[order, None]
-        out, x = torch.zeros_like(x).flatten(0, 1), x.flatten(0, 1)
-        for e, (row, weight) in enumerate(zip(rows.split(counts), weights.split(counts))):
-            if counts[e]:
-                out.index_add_(0, row, self[e](x.index_select(0, row)) * weight)
-        return out.view(*indices.shape[:2], -1)
 
 
 class StackedExperts(nn.Module):

@@ -45,13 +45,9 @@ from cache import SharedCache
 from load import EMBEDDED, load, stored_name
 from model import (
     Config,
-    Expert,
-    Experts,
     Norm,
     OLMoE,
-    PackedExpert,
     PackedLinear,
-    SortedExperts,
     attend,
     attend_by_head,
     packs_on,
@@ -381,29 +377,13 @@ def check_tricks() -> None:
     random = lambda *shape: torch.randn(shape).bfloat16()
     rows = lambda n: random(n, config.hidden_size)
     each = lambda modules, x: [module(x) for module in modules]  # of more memory than caches hold
-    with torch.device("meta"):
-        plain = Experts(Expert(config) for _ in range(config.num_experts))
-    plain = plain.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
-    for p in plain.parameters():
-        p.normal_(std=0.02)
     tricks = []  # name, plain, trick
     if packs_on(random(1)):
-        linears = [expert.up_proj for expert in plain]
+        linears = [nn.Linear(config.hidden_size, config.intermediate_size, bias=False).bfloat16() for _ in range(64)]
         packed = [PackedLinear(linear.weight) for linear in linears]
-        fused = Experts(PackedExpert(expert) for expert in plain)
-        for expert in plain:
-            for name in ("gate_proj", "up_proj", "down_proj"):
-                setattr(expert, name, PackedLinear(expert.get_submodule(name).weight))
         for n in (1, 8, 32):
             x = rows(n)
             tricks.append((f"PackedLinear, {n} rows", lambda x=x: each(linears, x), lambda x=x: each(packed, x)))
-            tricks.append((f"PackedExpert, {n} rows", lambda x=x: each(plain, x), lambda x=x: each(fused, x)))
-        plain = fused
-    sorts = SortedExperts(plain)
-    for n in (1, 32):
-        weights, indices = torch.rand(n, 1, config.num_experts).topk(config.num_experts_per_tok)
-        args = rows(n)[:, None], weights.bfloat16(), indices
-        tricks.append((f"SortedExperts, {n} rows", lambda a=args: plain(*a), lambda a=args: sorts(*a)))
     norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps).bfloat16()
     quick = Norm(norm)
     for n in (1, 512):

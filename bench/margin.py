@@ -1,7 +1,7 @@
 """Measures what `--margin` buys: which tokens get rosters, what of their effect is kept, and what a token costs.
 
     python bench/margin.py effect      the embedded model: held-out text, greedy and sampled text of its own
-    python bench/margin.py time        the embedded model: a token of greedy and of held-out text
+    python bench/margin.py time        the embedded model: a token of greedy text of its own, or --text held-out
     python bench/margin.py forced      4 layers of OLMoE-1B-7B's shapes, random weights, bfloat16: time against the
                                        share of tokens on which the clean path is said to be unsure
 
@@ -108,7 +108,7 @@ def measure_effect(args: argparse.Namespace) -> Iterator[dict]:
 
 
 def decode(model, tokens: list[int], cache: SharedCache, n: int, margin: float, tau: list[float]) -> tuple[float, int]:
-    """Decodes tokens that are known as `roe.generate` would: seconds per token, and how many ran rosters.
+    """Decodes tokens that are known as `roe.generate` would: seconds, and how many ran rosters.
 
     So every setting decodes the same text. The cache is left as it was.
     """
@@ -120,7 +120,7 @@ def decode(model, tokens: list[int], cache: SharedCache, n: int, margin: float, 
         unsure += len(logits) == n
     seconds = time.perf_counter() - start
     cache.length = before
-    return seconds / len(tokens), unsure
+    return seconds, unsure
 
 
 def relative(seconds: dict[tuple, list[float]], one: tuple) -> Iterator[tuple[tuple, dict]]:
@@ -139,25 +139,29 @@ def measure_time(args: argparse.Namespace) -> Iterator[dict]:
     tau = roe.temperatures(model.config)
     pieces = rows(tokenizer.encode(HELD_OUT.read_text(encoding="utf-8")).ids, args.timed_texts)
     end = PROMPT + args.timed_tokens
-    own = [p[:PROMPT] + list(roe.generate(model, p[:PROMPT], ROSTERS, max_new_tokens=end - PROMPT)) for p in pieces]
+    if args.text == "held-out":
+        texts = [piece[:end] for piece in pieces]
+    else:
+        texts = [
+            p[:PROMPT] + list(roe.generate(model, p[:PROMPT], ROSTERS, max_new_tokens=end - PROMPT)) for p in pieces
+        ]
     settings = [(1, 1.0), *((n, m) for n in COUNTS for m in MARGINS)]
-    for name, texts in {"greedy": own, "held-out": [piece[:end] for piece in pieces]}.items():
-        seconds, unsure = defaultdict(list), {}
-        count = sum(len(text) - PROMPT for text in texts)
-        for _ in range(args.repeats):
-            spent, unsure = dict.fromkeys(settings, 0.0), dict.fromkeys(settings, 0)
-            for text in texts:
-                cache = SharedCache(model.config, len(text))
-                roe.predict(model, text[: PROMPT - 1], cache, 1, tau, torch.Generator(model.device))
-                for n, m in settings:
-                    per_token, some = decode(model, text[PROMPT - 1 : -1], cache, n, m, tau)
-                    spent[n, m] += per_token * (len(text) - PROMPT) / count
-                    unsure[n, m] += some
-            for setting in settings:
-                seconds[setting].append(spent[setting])
-        for (n, m), found in relative(seconds, (1, 1.0)):
-            result = {"what": "time", "text": name, "tokens": count, "rosters": n, "margin": m}
-            yield result | {"share": unsure[n, m] / count} | found
+    seconds, unsure = defaultdict(list), {}
+    count = sum(len(text) - PROMPT for text in texts)
+    for _ in range(args.repeats):
+        spent, unsure = dict.fromkeys(settings, 0.0), dict.fromkeys(settings, 0)
+        for text in texts:
+            cache = SharedCache(model.config, len(text))
+            roe.predict(model, text[: PROMPT - 1], cache, 1, tau, torch.Generator(model.device))
+            for n, m in settings:
+                time_taken, with_rosters = decode(model, text[PROMPT - 1 : -1], cache, n, m, tau)
+                spent[n, m] += time_taken
+                unsure[n, m] += with_rosters
+        for setting in settings:
+            seconds[setting].append(spent[setting] / count)
+    for (n, m), found in relative(seconds, (1, 1.0)):
+        result = {"what": "time", "text": args.text, "tokens": count, "rosters": n, "margin": m}
+        yield result | {"share": unsure[n, m] / count} | found
 
 
 def spread(tenths: int) -> Iterator[bool]:
@@ -189,7 +193,7 @@ def measure_forced(args: argparse.Namespace) -> Iterator[dict]:
             for n, m, share in settings:
                 pattern = spread(share)
                 with patch.object(roe, "sure", lambda *_: not next(pattern)):
-                    seconds[n, m, share].append(decode(model, tokens, cache, n, m, tau)[0])
+                    seconds[n, m, share].append(decode(model, tokens, cache, n, m, tau)[0] / steps)
         for (n, m, share), found in relative(seconds, (1, 1.0, 10)):
             result = {"what": "forced", "layers": layers, "history": history, "rosters": n, "margin": m}
             yield result | {"share": share / 10} | found
@@ -202,7 +206,8 @@ def main() -> None:
     add("--pieces", type=int, default=16, help="effect: of 512 held-out tokens [16]")
     add("--prompts", type=int, default=32, help="effect: texts of its own, greedy and sampled [32]")
     add("--new-tokens", type=int, default=128, help="effect: of each [128]")
-    add("--timed-texts", type=int, default=6, help="time: greedy and held-out [6]")
+    add("--text", choices=["greedy", "held-out"], default="greedy", help="time: which text [greedy]")
+    add("--timed-texts", type=int, default=6, help="time: pieces of it [6]")
     add("--timed-tokens", type=int, default=64, help="time: of each [64]")
     add("--history", type=int, nargs="+", default=[32, 2048], help="forced: tokens before [32 2048]")
     add("--repeats", type=int, default=3, help="of timings; medians count [3]")

@@ -215,24 +215,24 @@ def table_margin() -> str:
             lines = [found[text, row[-1], m] for m in margins]
             row[-1] = "any" if key == "share" else row[-1]
             row += [f"{100 * line[key]:.1f} ± {100 * line[f'{key}_error']:.1f}" for line in lines]
-    return markdown(["text", "", "n", *(f"M = {m}" for m in margins)], rows)
+    return markdown(["text", "", "n", *(f"M = {float(m):g}" for m in margins)], rows)
 
 
 def table_margin_time() -> str:
     """Time of a token relative to one roster, embedded model."""
     found = latest([line for line in results("margin") if line["what"] == "time"], "text", "rosters", "margin")
     texts, counts, margins = (list(dict.fromkeys(values)) for values in zip(*found))
-    margins.remove("1.0")
+    margins = sorted(margins, key=float)
     rows = []
     for text in texts:
         shares = (f"{100 * found[text, counts[-1], m]['share']:.0f} %" for m in margins)
-        rows.append([f"{text}, tokens with rosters", "any", *shares, "all"])
-        for n in counts:
-            lines = [found.get((text, n, m)) for m in [*margins, "1.0"]]
-            rows.append([f"{text}, time", n, *(f"{line['ratio']:.2f}" if line else "" for line in lines)])
-    one = [f"{found[text, '1', '1.0']['ms']:.2f} ms" for text in texts]
-    rows += [[f"{text}, one roster", 1, *[""] * len(margins), ms] for text, ms in zip(texts, one)]
-    return markdown(["text", "n", *(f"M = {m}" for m in margins), "M = 1"], rows)
+        rows.append([text, "tokens with rosters", *shares])
+        rows.append(
+            ["", "n = 1", *[""] * (len(margins) - 1), f"1 ({found[text, counts[0], margins[-1]]['ms']:.2f} ms)"]
+        )
+        for n in counts[1:]:
+            rows.append(["", f"n = {n}", *(f"{found[text, n, m]['ratio']:.2f}" for m in margins)])
+    return markdown(["text", "", *(f"M = {float(m):g}" for m in margins)], rows)
 
 
 def table_margin_forced() -> str:

@@ -197,7 +197,7 @@ def draw_margin() -> None:
     """What a margin keeps against what a token costs, both on the same kind of text."""
     lines = results("margin")
     effect, time = (
-        latest([line for line in lines if line["what"] == what], *"text", "rosters", "margin")
+        latest([line for line in lines if line["what"] == what], "text", "rosters", "margin")
         for what in ("effect", "time")
     )
     panels = (

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", minversion="5.0", reason="the port is for transformers 5")
+transformers = pytest.importorskip("transformers", minversion="5.24", reason="the port was written against 5.24")
 from transformers import AutoConfig, DynamicCache
 
 ROOT = Path(__file__).parent.parent

@@ -89,7 +89,7 @@ def temperatures(config: Config, tau: float | Sequence[float] | None = None, ski
     """
     layers = config.num_hidden_layers
     if tau is None:
-        values = config.tau or [TAU] * layers
+        values = [TAU] * layers if config.tau is None else config.tau
     else:
         values = [tau] * layers if isinstance(tau, (int, float)) else tau
     for value in values:

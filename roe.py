@@ -548,7 +548,9 @@ def print_generation(
                 shown = len(agreement)
             print(text, end="", flush=True)
     except KeyboardInterrupt:
-        pass  # what has been generated stands
+        if not times:
+            raise
+        # what has been generated stands
     print(flush=True)
     speed = f", {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s" if len(times) > 1 else ""
     where = f" on {ran} of the tokens" if args.margin < 1 else ""

@@ -571,7 +571,6 @@ def print_perplexity(args: argparse.Namespace, model: OLMoE, tokens: list[int], 
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # closed: print would take standard output instead
     if sys.stdout:
         sys.stdout.reconfigure(errors="replace")  # the terminal may not know all characters
@@ -584,6 +583,7 @@ def main() -> None:
         if dist.get_rank() > 0:
             sys.stdout = sys.stderr = open(os.devnull, "w")
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         # All that can be refused is refused before weights are fetched or read.
         check(**{name: value for name, value in vars(args).items() if name in RANGES.keys() - {"rosters", "tau"}})
         check(rosters=min(args.rosters), skip=args.skip), check(rosters=max(args.rosters))

@@ -489,6 +489,8 @@ def read_text(args: argparse.Namespace) -> str:
     name, piped = args.ppl or "the prompt", args.prompt == "-"
     if piped and processes()[1] > 1:
         raise ValueError("several processes cannot share standard input; give the prompt itself")
+    if piped and not sys.stdin:
+        raise ValueError("standard input is closed; give the prompt itself")
     if args.prompt is None or piped:  # either may be a pipe or a device without end
         with sys.stdin.buffer if piped else open(args.ppl, "rb") as file:
             data = file.read(MOST_BYTES + 1)
@@ -528,7 +530,7 @@ def print_generation(
 ) -> None:
     """Streams the text to standard output, then one line of statistics to standard error."""
     times, agreement, overruled, ran, shown, nbytes = [], [], [], 0, 0, 0
-    colours = args.show and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    colours = args.show and sys.stdout and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
     def watch(logits, log_probs, tokens, cache):
         nonlocal ran, nbytes

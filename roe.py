@@ -567,9 +567,9 @@ def print_perplexity(args: argparse.Namespace, model: OLMoE, tokens: list[int], 
     """Prints a table of perplexity against the number of rosters."""
     scores = score(model, tokens, max(args.rosters), tau, args.seed, args.weights, args.margin)
     perplexity = scores.mean(1).neg().exp().tolist()
-    print("rosters  perplexity  change")
+    print("rosters  perplexity  change", flush=True)
     for n in args.rosters:
-        print(f"{n:7}  {perplexity[n - 1]:10.4f}  {perplexity[n - 1] / perplexity[0] - 1:+.2%}")
+        print(f"{n:7}  {perplexity[n - 1]:10.4f}  {perplexity[n - 1] / perplexity[0] - 1:+.2%}", flush=True)
 
 
 def main() -> None:

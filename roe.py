@@ -89,7 +89,7 @@ def temperatures(config: Config, tau: float | Sequence[float] | None = None, ski
     """
     layers = config.num_hidden_layers
     if tau is None:
-        values = config.tau or [TAU] * layers
+        values = [TAU] * layers if config.tau is None else config.tau
     else:
         values = [tau] * layers if isinstance(tau, (int, float)) else tau
     for value in values:
@@ -489,6 +489,8 @@ def read_text(args: argparse.Namespace) -> str:
     name, piped = args.ppl or "the prompt", args.prompt == "-"
     if piped and processes()[1] > 1:
         raise ValueError("several processes cannot share standard input; give the prompt itself")
+    if piped and not sys.stdin:
+        raise ValueError("standard input is closed; give the prompt itself")
     if args.prompt is None or piped:  # either may be a pipe or a device without end
         with sys.stdin.buffer if piped else open(args.ppl, "rb") as file:
             data = file.read(MOST_BYTES + 1)
@@ -528,7 +530,7 @@ def print_generation(
 ) -> None:
     """Streams the text to standard output, then one line of statistics to standard error."""
     times, agreement, overruled, ran, shown, nbytes = [], [], [], 0, 0, 0
-    colours = args.show and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    colours = args.show and sys.stdout and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
     def watch(logits, log_probs, tokens, cache):
         nonlocal ran, nbytes
@@ -548,7 +550,9 @@ def print_generation(
                 shown = len(agreement)
             print(text, end="", flush=True)
     except KeyboardInterrupt:
-        pass  # what has been generated stands
+        if not times:
+            raise
+        # what has been generated stands
     print(flush=True)
     speed = f", {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s" if len(times) > 1 else ""
     where = f" on {ran} of the tokens" if args.margin < 1 else ""
@@ -563,13 +567,12 @@ def print_perplexity(args: argparse.Namespace, model: OLMoE, tokens: list[int], 
     """Prints a table of perplexity against the number of rosters."""
     scores = score(model, tokens, max(args.rosters), tau, args.seed, args.weights, args.margin)
     perplexity = scores.mean(1).neg().exp().tolist()
-    print("rosters  perplexity  change")
+    print("rosters  perplexity  change", flush=True)
     for n in args.rosters:
-        print(f"{n:7}  {perplexity[n - 1]:10.4f}  {perplexity[n - 1] / perplexity[0] - 1:+.2%}")
+        print(f"{n:7}  {perplexity[n - 1]:10.4f}  {perplexity[n - 1] / perplexity[0] - 1:+.2%}", flush=True)
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # closed: print would take standard output instead
     if sys.stdout:
         sys.stdout.reconfigure(errors="replace")  # the terminal may not know all characters
@@ -582,6 +585,7 @@ def main() -> None:
         if dist.get_rank() > 0:
             sys.stdout = sys.stderr = open(os.devnull, "w")
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         # All that can be refused is refused before weights are fetched or read.
         check(**{name: value for name, value in vars(args).items() if name in RANGES.keys() - {"rosters", "tau"}})
         check(rosters=min(args.rosters), skip=args.skip), check(rosters=max(args.rosters))

@@ -202,20 +202,17 @@ def table_margin() -> str:
     """What margins keep, in percent."""
     found = latest([line for line in results("margin") if line["what"] == "effect"], "text", "rosters", "margin")
     texts, counts, margins = (list(dict.fromkeys(values)) for values in zip(*found))
+    labels = {"share": "tokens with rosters", "overruled_kept": "overruled tokens kept", "gain_kept": "gain kept"}
     rows = []
     for text in texts:
-        line = found[text, counts[0], margins[0]]
-        rows.append([f"{text}, {line['tokens']:,} tokens", "tokens with rosters", counts[0]])
-        rows += [["", f"overruled tokens kept, of {found[text, n, margins[0]]['overruled']:.0f}", n] for n in counts]
-        keys = ["share", *["overruled_kept"] * len(counts)]
-        if text == "held-out":
-            rows += [["", "gain kept", n] for n in counts]
-            keys += ["gain_kept"] * len(counts)
-        for key, row in zip(keys, rows[-len(keys) :]):
-            lines = [found[text, row[-1], m] for m in margins]
-            row[-1] = "any" if key == "share" else row[-1]
-            row += [f"{100 * line[key]:.1f} ± {100 * line[f'{key}_error']:.1f}" for line in lines]
-    return markdown(["text", "", "n", *(f"M = {float(m):g}" for m in margins)], rows)
+        for key, label in labels.items():
+            # A text of the rosters' own is by itself likelier under them; and which tokens run rosters, all n agree on.
+            for n in () if key == "gain_kept" and text != "held-out" else counts[: 1 if key == "share" else None]:
+                lines = [found[text, n, m] for m in margins]
+                whole = {"share": f", of {lines[0]['tokens']:,}", "overruled_kept": f", of {lines[0]['overruled']:.0f}"}
+                cells = (f"{100 * line[key]:.1f} ± {100 * line[f'{key}_error']:.1f}" for line in lines[:-1])
+                rows.append([text, label + whole.get(key, ""), "any" if key == "share" else n, *cells])
+    return markdown(["text", "", "n", *(f"M = {float(m):g}" for m in margins[:-1])], rows)
 
 
 def table_margin_time() -> str:

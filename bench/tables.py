@@ -192,6 +192,14 @@ def table_decode_embedded() -> str:
     return table_decode(0)
 
 
+def table_vllm() -> str:
+    """The embedded model in vLLM: milliseconds of a decoding step."""
+    found = latest([line for line in results("vllm") if line["layers"] == 0], "n", "requests")
+    counts, requests = (list(dict.fromkeys(values)) for values in zip(*found))
+    rows = [[f"{r} requests", *(f"{found[n, r]['ms_per_step']:.1f}" for n in counts)] for r in requests]
+    return markdown(["rosters", *counts], rows)
+
+
 def filled(text: str) -> str:
     """A text with the tables between its markers as they are now."""
     table = lambda match: f"{match[1]}\n{globals()['table_' + match[2]]()}\n{match[3]}"

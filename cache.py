@@ -41,7 +41,7 @@ class SharedCache:
 
         Returns:
             shared_k, shared_v [1, Hk, S, D]: the last query sees all S positions, each earlier one sees one fewer.
-            own_k, own_v [n, Hk, T, 1, D]: each query's own position.
+            own_k, own_v [n, Hk, T, 1, D]: each query's own position. [1, Hk, T, 0, D] for one row: it is in the shared.
 
         Raises:
             ValueError: the cache is full.
@@ -53,6 +53,8 @@ class SharedCache:
             self.k, self.v = k.new_empty(self.shape), v.new_empty(self.shape)
         self.k[layer, :, :, self.length : end] = k[:1]
         self.v[layer, :, :, self.length : end] = v[:1]
+        if len(k) == 1:
+            return self.k[layer, :, :, :end], self.v[layer, :, :, :end], *k.new_empty(2, *k.shape[:3], 0, k.shape[3])
         # Rows other than 0 must not see row 0's version of their own position: the shared part ends before it.
         return self.k[layer, :, :, : end - 1], self.v[layer, :, :, : end - 1], k.unsqueeze(3), v.unsqueeze(3)
 
@@ -100,5 +102,5 @@ class BranchingCache:
             raise ValueError(f"the cache is full: layer {layer} has room for {room} positions, not {end}")
         kv[0, :, :, start:end], kv[1, :, :, start:end] = k, v
         if joint:
-            return *kv[:, :, :, : end - 1], k.unsqueeze(3), v.unsqueeze(3)
+            return *kv[:, :, :, :end], *kv.new_empty(2, *k.shape[:3], 0, k.shape[3])
         return *self.shared[layer], *kv[:, :, :, None, :end]

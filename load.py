@@ -81,9 +81,9 @@ def load(
         dtype = torch.float32 if small else DTYPES[kind]
     # Pages of a memory-mapped file would count as resident: reading needs the model plus what is not packed yet.
     shards = [safe_open(file, "pt", backend="pread") for file in files]
-    places = [(layer_of(name), name, i) for i, shard in enumerate(shards) for name in shard.keys()]
+    places = [(part_of(name), name, i) for i, shard in enumerate(shards) for name in shard.keys()]
     with tqdm(total=len(places), desc="loading", unit="tensor", leave=False, delay=1, disable=None) as progress:
-        for layer, group in groupby(sorted(places, reverse=True), key=lambda place: place[0]):
+        for part, group in groupby(sorted(places, reverse=True), key=lambda place: place[0]):
             state = {}
             for _, stored_as, i in group:
                 for name, tensor in one_by_one(stored_as, shards[i].get_tensor(stored_as)):
@@ -92,7 +92,7 @@ def load(
             model.load_state_dict(state, strict=False, assign=True)
             del state, tensor
             if fast:
-                speed_up(model if layer < 0 else model.layers[layer])
+                speed_up(model.get_submodule(part))
     return model, tokenizer
 
 
@@ -105,9 +105,10 @@ def describe(source: str | Path | None = None, device: str = "auto") -> tuple[Pa
     return path, config, read_tokenizer(path / "tokenizer.json", config)
 
 
-def layer_of(name: str) -> int:
-    """The number of the layer to which a tensor of a checkpoint belongs; -1: to none."""
-    return int(name.split(".")[2]) if name.startswith("model.layers.") else -1
+def part_of(name: str) -> str:
+    """The part of the model that is made fast once a tensor of that name is there: its expert, or "", all the rest."""
+    part = re.match(r"model\.(layers\.\d+\.mlp\.experts(\.\d+)?)\.", name)
+    return part[1] if part else ""
 
 
 def refusal(message: str, kind: type[Exception] = ValueError) -> Exception:

@@ -89,7 +89,7 @@ def temperatures(config: Config, tau: float | Sequence[float] | None = None, ski
     """
     layers = config.num_hidden_layers
     if tau is None:
-        values = config.tau or [TAU] * layers
+        values = [TAU] * layers if config.tau is None else config.tau
     else:
         values = [tau] * layers if isinstance(tau, (int, float)) else tau
     for value in values:
@@ -323,7 +323,7 @@ def score(
         history: a cache that holds the tokens before tokens[0], with room for T - 1 more, by which it is extended.
             None: there are none.
         watch: called as watch(logits [rosters, t, V], log_probs [t, V], tokens [t], cache) for every t tokens of the
-            text; log_probs is the average of all rosters.
+            text; log_probs is what all rosters together predict.
 
     Returns:
         log-probabilities [rosters, T - 1] in float32; row n - 1 is that of tokens[1:] under n rosters.
@@ -354,13 +354,17 @@ def score(
                 logits = model(part[None], cache, route).expand(rosters, -1, -1)
                 log_probs = logits.float().log_softmax(-1)
                 found = log_probs.gather(-1, target.expand(rosters, -1).unsqueeze(-1)).squeeze(-1)
-                averages = found.logcumsumexp(0) - counts.log()[:, None]
+                averages, average = found.logcumsumexp(0) - counts.log()[:, None], None
+                if watch:
+                    average = log_probs.logsumexp(0) - math.log(rosters)
                 if margin < 1:
-                    averages = averages.where(~sure(log_probs[0], margin), found[0])
+                    clean = sure(log_probs[0], margin)
+                    averages = averages.where(~clean, found[0])
+                    average = average if average is None else average.where(~clean[:, None], log_probs[0])
                 scores[:, done : done + len(part)] = averages
                 done += len(part)
                 if watch:
-                    watch(logits, log_probs.logsumexp(0) - math.log(rosters), target, cache)
+                    watch(logits, average, target, cache)
                 progress.update(len(part))
     return check_finite(scores)
 
@@ -485,6 +489,8 @@ def read_text(args: argparse.Namespace) -> str:
     name, piped = args.ppl or "the prompt", args.prompt == "-"
     if piped and processes()[1] > 1:
         raise ValueError("several processes cannot share standard input; give the prompt itself")
+    if piped and not sys.stdin:
+        raise ValueError("standard input is closed; give the prompt itself")
     if args.prompt is None or piped:  # either may be a pipe or a device without end
         with sys.stdin.buffer if piped else open(args.ppl, "rb") as file:
             data = file.read(MOST_BYTES + 1)
@@ -524,7 +530,7 @@ def print_generation(
 ) -> None:
     """Streams the text to standard output, then one line of statistics to standard error."""
     times, agreement, overruled, ran, shown, nbytes = [], [], [], 0, 0, 0
-    colours = args.show and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    colours = args.show and sys.stdout and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
     def watch(logits, log_probs, tokens, cache):
         nonlocal ran, nbytes
@@ -544,7 +550,9 @@ def print_generation(
                 shown = len(agreement)
             print(text, end="", flush=True)
     except KeyboardInterrupt:
-        pass  # what has been generated stands
+        if not times:
+            raise
+        # what has been generated stands
     print(flush=True)
     speed = f", {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s" if len(times) > 1 else ""
     where = f" on {ran} of the tokens" if args.margin < 1 else ""
@@ -559,13 +567,12 @@ def print_perplexity(args: argparse.Namespace, model: OLMoE, tokens: list[int], 
     """Prints a table of perplexity against the number of rosters."""
     scores = score(model, tokens, max(args.rosters), tau, args.seed, args.weights, args.margin)
     perplexity = scores.mean(1).neg().exp().tolist()
-    print("rosters  perplexity  change")
+    print("rosters  perplexity  change", flush=True)
     for n in args.rosters:
-        print(f"{n:7}  {perplexity[n - 1]:10.4f}  {perplexity[n - 1] / perplexity[0] - 1:+.2%}")
+        print(f"{n:7}  {perplexity[n - 1]:10.4f}  {perplexity[n - 1] / perplexity[0] - 1:+.2%}", flush=True)
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # closed: print would take standard output instead
     if sys.stdout:
         sys.stdout.reconfigure(errors="replace")  # the terminal may not know all characters
@@ -578,6 +585,7 @@ def main() -> None:
         if dist.get_rank() > 0:
             sys.stdout = sys.stderr = open(os.devnull, "w")
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         # All that can be refused is refused before weights are fetched or read.
         check(**{name: value for name, value in vars(args).items() if name in RANGES.keys() - {"rosters", "tau"}})
         check(rosters=min(args.rosters), skip=args.skip), check(rosters=max(args.rosters))

@@ -484,10 +484,15 @@ def test_margin_in_generation(small, monkeypatch, options):
 
 def test_margin_in_scoring(small):
     """The log-probabilities of the procedure: the clean path's where it is sure, the average's elsewhere."""
-    tokens, seen = random_tokens(80), []
+    tokens, clean, together = random_tokens(80), [], []
+    watch = lambda logits, log_probs, tokens, cache: (
+        clean.append(logits[0]),
+        together.append(log_probs.gather(-1, tokens[:, None])[:, 0]),
+    )
     full = roe.score(small.model, tokens, 6, TAU)
-    scores = roe.score(small.model, tokens, 6, TAU, margin=0.05, watch=lambda logits, *_: seen.append(logits[0]))
-    first, second = torch.cat(seen).softmax(-1).topk(2).values.unbind(-1)
+    scores = roe.score(small.model, tokens, 6, TAU, margin=0.05, watch=watch)
+    torch.testing.assert_close(torch.cat(together), scores[-1])
+    first, second = torch.cat(clean).softmax(-1).topk(2).values.unbind(-1)
     sure = first - second >= 0.05
     assert 10 < sure.sum() < 70
     assert torch.equal(scores[:, sure], full[:1, sure].expand(6, -1)) and torch.equal(scores[:, ~sure], full[:, ~sure])
@@ -607,14 +612,16 @@ def test_cache_bytes(small):
 @pytest.mark.parametrize(
     "n, T, S, C",
     (
-        (1, 1, 9, 1),
+        (1, 1, 9, 0),
         (3, 1, 9, 1),
         (3, 1, 9, 4),
         (3, 1, 0, 1),
-        (1, 5, 4, 1),
+        (1, 5, 5, 0),
+        (1, 5, 9, 0),
         (3, 5, 7, 1),
         (3, 1, 600, 4),
-        (1, 1, 600, 1),
+        (1, 1, 600, 0),
+        (1, 5, 600, 0),
         (3, 5, 600, 1),
     ),
 )
@@ -625,8 +632,6 @@ def test_attend(attend, n, T, S, C, dtype, atol):
     H, Hk, D = 4, 2, 16
     q, own = torch.randn(n, H, T, D).to(dtype), torch.randn(2, n, Hk, T, C, D).to(dtype)
     shared = torch.randn(2, 1, Hk, S, D).to(dtype)
-    if n == 1:  # the positions that follow the first query's history are the queries' own
-        shared[:, :, :, S - T + 1 :] = own[:, :, :, :-1, 0]
     expected = torch.empty(n, H, T, D, dtype=torch.float64)
     for row, head, t in itertools.product(range(n), range(H), range(T)):
         seen = shared[:, 0, head // 2, : S - T + 1 + t]

@@ -21,6 +21,7 @@ def score_continuations(
     tau: float | Sequence[float] | None = None,
     seed: int = 0,
     weights: str = roe.WEIGHTS,
+    margin: float = 1.0,
 ) -> Iterator[tuple[Tensor, bool]]:
     """Scores continuations one after the other; a context equal to the previous pair's is not read again.
 
@@ -29,7 +30,7 @@ def score_continuations(
 
     Args:
         pairs: of token ids, context and continuation, neither of them empty.
-        rosters, tau, seed, weights: see `roe.score`.
+        rosters, tau, seed, weights, margin: see `roe.score`.
 
     Yields:
         for every pair, log-probabilities [rosters, continuation], as `roe.score` returns them, and whether greedy
@@ -56,4 +57,4 @@ def score_continuations(
             greedy.append((log_probs.argmax(-1) == targets).all())
 
         tokens = [context[-1], *continuation]
-        yield roe.score(model, tokens, rosters, tau, seed, weights, history=cache, watch=watch), all(greedy)
+        yield roe.score(model, tokens, rosters, tau, seed, weights, margin, cache, watch), all(greedy)

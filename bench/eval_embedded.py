@@ -32,10 +32,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import roe
-from load import EMBEDDED, load
+from load import load
 from model import OLMoE
 
-TUNED = str(EMBEDDED / "tau.json")
 TASKS = (
     "codex_humaneval/gold_bpb_0shot",
     "codex_humaneval/gold_bpb_3shot",
@@ -75,7 +74,7 @@ def answer(
 def main() -> None:
     parser = argparse.ArgumentParser(description="Ask the embedded model HumanEval and ARC-Easy, with several rosters.")
     parser.add_argument("--rosters", metavar="N", type=int, nargs="+", default=[1, 32], help="[1 32]")
-    parser.add_argument("--tau", default=TUNED, help="a number, or a JSON file of one per layer [tiny/tau.json]")
+    parser.add_argument("--tau", help="a number, or a JSON file of one per layer [tiny/tau.json]")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the noise [0]")
     parser.add_argument("--limit", metavar="N", type=int, help="the first N questions of each task [all]")
     parser.add_argument("--out", metavar="FILE", help="append one JSON object per result to this file")
@@ -84,7 +83,7 @@ def main() -> None:
         parser.error(f"--rosters must be at least 1, not {min(args.rosters)}")
     # In float32, where results do not depend on how a processor rounds bfloat16 products.
     model, tokenizer = load(dtype="float32")
-    tau = roe.read_tau(args.tau, model.config, 1)
+    tau = roe.temperatures(model.config, roe.read_tau(args.tau))
     for task in TASKS:
         start, values = time.perf_counter(), defaultdict(list)
         for requests in questions(task, args.limit):

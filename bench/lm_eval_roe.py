@@ -38,8 +38,8 @@ class RoE(TemplateLM):
 
     Args:
         pretrained: a directory or a hub id; None: the embedded model.
-        rosters, tau, skip, weights, cache, dtype, seed: as in `roe.py`; tau is a number or a JSON file. cache=branching
-            is for tasks that generate text; log-likelihoods are those of the shared cache.
+        rosters, tau, skip, weights, cache, margin, dtype, seed: as in `roe.py`; tau is a number or a JSON file.
+            cache=branching is for tasks that generate text; log-likelihoods are those of the shared cache.
         device: as in `roe.py`; or lm-eval's --device.
         batch_size, max_batch_size: lm-eval passes them to every model. Not used: rows are rosters of one sequence.
     """
@@ -52,6 +52,7 @@ class RoE(TemplateLM):
         skip: int = 1,
         weights: str = roe.WEIGHTS,
         cache: str = "shared",
+        margin: float = 1.0,
         dtype: str = "auto",
         device: str = "auto",
         seed: int = 0,
@@ -64,7 +65,7 @@ class RoE(TemplateLM):
         self.max_length = self.model.config.max_position_embeddings
         self.seed, self.cache = seed, cache
         tau = roe.temperatures(self.model.config, roe.read_tau(tau if tau is None else str(tau)), skip)
-        self.rosters = {"rosters": rosters, "tau": tau, "weights": weights}
+        self.rosters = {"rosters": rosters, "tau": tau, "weights": weights, "margin": margin}
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> "RoE":

@@ -38,9 +38,11 @@ COUNTS = 1, 2, 4, 8, 16, 32
 
 
 def train(folder: Path, size: int) -> None:
-    if not (folder / "model.safetensors").exists():
-        command = [sys.executable, ROOT / "tiny" / "train.py", "--expert-size", str(size), *RECIPE, "--output", folder]
-        subprocess.run(command, check=True)
+    if not folder.exists():
+        unfinished = folder.with_name(f"{folder.name}.unfinished")
+        options = "--expert-size", str(size), *RECIPE, "--output", unfinished
+        subprocess.run([sys.executable, ROOT / "tiny" / "train.py", *options], check=True)
+        unfinished.rename(folder)
 
 
 def active_parameters(config) -> int:

@@ -1,11 +1,13 @@
 """Prints the tables of bench/README.md from bench/results/*.jsonl, as Markdown.
 
     python bench/tables.py NAME ...      all of them without a name
+    python bench/tables.py --write       puts them between their markers
 
 Of two measurements of the same thing the later one counts. Changes are of perplexity, in percent, with standard errors.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -123,25 +125,85 @@ def table_controls_time() -> str:
     return markdown(["rosters", *counts], rows)
 
 
-def table_sizes() -> str:
-    """Three sizes, and the middle one with rosters: loss, and the size that it is worth."""
-    lines = results("sizes")
-    times = latest([line for line in lines if line["what"] == "time"], "size", "rosters")
+def number(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def bench(layers: int, torch: str | None = None) -> dict:
+    """{(system, method, tokens, rosters): line} of bench.py's results with so many layers, the latest of each."""
+    lines = [line for line in results("bench") if line["layers"] == layers]
+    torch = torch or lines[-1]["torch"]
+    tokens = lambda line: line.get("history", line.get("length"))
+    return {(x["system"], x["method"], tokens(x), x["n"]): x for x in lines if x["torch"] == torch}
+
+
+def table_decode(layers: int = 4, torch: str | None = None) -> str:
+    """Milliseconds per token; bytes of the cache and peak memory of the process after the longer history."""
+    found = bench(layers, torch)
+    counts = sorted({n for system, method, _, n in found if (system, method) == ("roe", "decode")})
+    histories = sorted({tokens for _, method, tokens, _ in found if method == "decode"})
+    systems = {"roe": "this project", "transformers": "transformers; naive RoE from 2 on", "llama.cpp": "llama.cpp"}
     rows = []
-    for line in latest([line for line in lines if line["what"] == "model"], "size").values():
-        ms = times[str(line["size"]), "1"]["ms"]
-        loss = f"{line['loss']:.4f} ± {line['error']:.4f}"
-        rows.append([f"experts of {line['size']}", f"{line['active'] / 1e6:.3f} M", loss, f"{ms:.2f}"])
-    for line in latest([line for line in lines if line["what"] == "rosters"], "rosters").values():
-        if line["rosters"] > 1:
-            ms = times[str(line["size"]), str(line["rosters"])]["ms"]
-            worth, low, high = (f"{line[key] / 1e6:.3f}" for key in ("worth", "low", "high"))
-            name, loss = (
-                f"experts of {line['size']}, n = {line['rosters']}",
-                f"{line['loss']:.4f} ± {line['error']:.4f}",
-            )
-            rows.append([name, f"worth {worth} M ({low} to {high})", loss, f"{ms:.2f}"])
-    return markdown(["model", "parameters read per token", "held-out loss", "milliseconds per token"], rows)
+
+    def add(label, system, method, tokens, value):
+        lines = [found.get((system, method, tokens, n)) for n in counts]
+        if any(lines):
+            rows.append([label, *("" if line is None else number(value(line)) for line in lines)])
+
+    for tokens in histories:
+        for system, label in systems.items():
+            add(f"{label}, after {tokens:,} tokens", system, "decode", tokens, lambda line: line["ms"])
+        add(f"floor, after {tokens:,} tokens", "roe", "decode", tokens, lambda line: line["floor_ms"])
+    for system, label in list(systems.items())[:2]:
+        add(f"cache, MB: {label}", system, "decode", histories[-1], lambda line: line.get("cache_bytes", 0) / 1e6)
+        add(f"peak memory, GB: {label}", system, "peak", histories[-1], lambda line: line["bytes"] / 1e9)
+    return markdown(["rosters", *counts], rows)
+
+
+def table_cost() -> str:
+    """The rows that README.md shows, after the longer history."""
+    found = bench(4)
+    counts = sorted({n for system, method, _, n in found if (system, method) == ("roe", "decode")})
+    rows = [["this project", *(number(found["roe", "decode", 2048, n]["ms"]) for n in counts)]]
+    rows += [
+        [
+            "RoE as first written on transformers",
+            *(number(found["transformers", "decode", 2048, n]["ms"]) for n in counts),
+        ]
+    ]
+    rows += [["floor", *(number(found["roe", "decode", 2048, n]["floor_ms"]) for n in counts)]]
+    return markdown(["rosters", *counts], rows)
+
+
+def table_prompts(layers: int = 4, torch: str | None = None) -> str:
+    """Milliseconds from a prompt to the first token, one roster."""
+    found = {key: line for key, line in bench(layers, torch).items() if key[1] == "prompt"}
+    lengths = sorted({tokens for _, _, tokens, _ in found})
+    systems = list(dict.fromkeys(system for system, *_ in found))
+    rows = [
+        [system.replace("roe", "this project"), *(f"{found[system, 'prompt', t, 1]['ms']:,.0f}" for t in lengths)]
+        for system in systems
+    ]
+    return markdown(["prompt of", *(f"{t:,} tokens" for t in lengths)], rows)
+
+
+def table_decode_embedded() -> str:
+    """As `decode`, of the embedded model."""
+    return table_decode(0)
+
+
+def table_vllm() -> str:
+    """The embedded model in vLLM: milliseconds of a decoding step."""
+    found = latest([line for line in results("vllm") if line["layers"] == 0], "n", "requests")
+    counts, requests = (list(dict.fromkeys(values)) for values in zip(*found))
+    rows = [[f"{r} requests", *(f"{found[n, r]['ms_per_step']:.1f}" for n in counts)] for r in requests]
+    return markdown(["rosters", *counts], rows)
+
+
+def filled(text: str) -> str:
+    """A text with the tables between its markers as they are now."""
+    table = lambda match: f"{match[1]}\n{globals()['table_' + match[2]]()}\n{match[3]}"
+    return re.sub(r"(<!-- table (\w+) -->).*?(<!-- end -->)", table, text, flags=re.DOTALL)
 
 
 def table_margin() -> str:
@@ -195,6 +257,10 @@ def table_margin_forced() -> str:
 
 def main() -> None:
     tables = {name.removeprefix("table_"): table for name, table in globals().items() if name.startswith("table_")}
+    if sys.argv[1:] == ["--write"]:
+        for path in (RESULTS.parent / "README.md", RESULTS.parent.parent / "README.md"):
+            path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+        return
     for name in sys.argv[1:] or tables:
         if name not in tables:
             sys.exit(f"there is no table {name}; there are {', '.join(tables)}")

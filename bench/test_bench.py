@@ -6,16 +6,21 @@ import sys
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
+import captured
 import effect
 import figures
-import loading
+import naive
 import pytest
+import tables
 import torch
+import transformers
 from effect import ROOT
 
 import bench
 import roe
+from cache import SharedCache
 from load import load
+from model import StackedExperts, top_k
 
 torch.set_num_threads(1)
 
@@ -54,7 +59,7 @@ def test_benchmark_of_the_embedded_model(tmp_path):
     found = {(r["system"], r["method"], r["n"]): r for r in results}
     assert found.keys() == {
         *((system, method, n) for system in ("roe", "transformers") for method in ("decode", "peak") for n in (1, 4)),
-        *((system, "prompt", n) for system in ("roe", "transformers") for n in (1, 8)),
+        *((system, "prompt", 1) for system in ("roe", "transformers")),
     }
     one, four = (found["roe", "decode", n] for n in (1, 4))
     assert one["cache_bytes"] == four["cache_bytes"] == 2 * 6 * 32 * 128 * 2
@@ -73,19 +78,67 @@ def test_loading(tmp_path):
 
 def test_a_written_checkpoint_loads(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "OLMOE", bench.OLMOE | {"hidden_size": 64, "intermediate_size": 32, "num_experts": 8})
-    loading.write(tmp_path, 2)
-    assert load(tmp_path, "cpu")[0].config.num_hidden_layers == 2
+    bench.write(tmp_path, 2)
+    model, _ = load(tmp_path, "cpu", "float32")
+    hf = transformers.OlmoeForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    tokens = torch.tensor([bench.random_tokens(4096, 20)])
+    torch.testing.assert_close(model(tokens), hf(tokens).logits, rtol=0, atol=1e-4)  # as in test_roe.py
+
+
+def test_naive_roe():
+    """With the same seed and one position, the rows of `roe.predict`."""
+    hf = transformers.OlmoeForCausalLM.from_pretrained(ROOT / "tiny", dtype=torch.float32)
+    model, _ = load(device="cpu", dtype="float32")
+    tokens = bench.random_tokens(4096, 20)
+    naive.add_roe(hf, 5, 0.7, torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        logits = hf(torch.tensor([tokens]).expand(5, -1)).logits[:, -1]
+    cache, generator = SharedCache(model.config, 20), torch.Generator().manual_seed(0)
+    expected = roe.predict(model, tokens, cache, 5, 0.7, generator)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(naive.average(logits), roe.aggregate(logits))
+
+
+def test_static_cache():
+    """Its logits are those of the shared cache, and on a device without data a step works: it reads nothing back."""
+    model, _ = load(device="cpu", dtype="float32", fast=False)
+    tau, n, (*prompt, last) = roe.temperatures(model.config, 0.5), 5, bench.random_tokens(4096, 10)
+    reference, cache = SharedCache(model.config, 20), SharedCache(model.config, 20)
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    for c, generator in zip((reference, cache), generators, strict=True):
+        roe.predict(model, prompt, c, n, tau, generator)
+    cache.v[:, :, :, len(prompt) :] = torch.nan
+    expected = roe.predict(model, [last], reference, n, tau, generators[0])
+    static = captured.StaticCache(cache)
+    captured.use_static(model)
+    logits = roe.predict(model, [last], static, n, tau, generators[1])
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    assert static.length.item() == reference.length == 10
+
+    static.k, static.v = (t.to("meta", torch.bfloat16) for t in (static.k, static.v))
+    static.length = static.length.to("meta")
+    for layer in model.layers:
+        layer.mlp.experts = StackedExperts(layer.mlp.experts)
+    model = model.to("meta", torch.bfloat16)
+    route = lambda layer, logits: top_k(logits.expand(n, -1, -1), 2)
+    assert model(torch.zeros(1, 1, dtype=torch.long, device="meta"), static, route).shape == (n, 1, 4096)
 
 
 def test_llama_cpp_gets_the_same_model():
     pytest.importorskip("xllamacpp")
     pytest.importorskip("gguf")
-    system = bench.LlamaCpp(SimpleNamespace(layers=0, device="cpu", dtype="bfloat16"))
+    system = bench.LlamaCpp(SimpleNamespace(layers=0, model=None, device="cpu", dtype="bfloat16"))
     model, tokenizer = load(device="cpu", dtype="bfloat16")
     tokens = tokenizer.encode("class Stack:").ids
     request = {"prompt": tokens, "max_tokens": 16, "temperature": 0, "ignore_eos": True}
     text = system.server.handle_completions(request)["choices"][0]["text"]
     assert text == "".join(f"t{token}" for token in roe.generate(model, tokens, 1, max_new_tokens=16))
+
+
+@pytest.mark.parametrize("file", ["README.md", "bench/README.md"])
+def test_tables_are_those_of_the_results(file):
+    text = (ROOT / file).read_text(encoding="utf-8")
+    assert text == tables.filled(text) and text.count("<!-- table ") == text.count("<!-- end -->") > 0
 
 
 def test_figures(tmp_path, monkeypatch):

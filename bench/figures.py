@@ -195,28 +195,27 @@ def draw_cost() -> None:
 
 def draw_margin() -> None:
     """What a margin keeps against what a token costs, both on the same kind of text."""
-    lines = results("margin")
-    effect, time = (
-        latest([line for line in lines if line["what"] == what], "text", "rosters", "margin")
-        for what in ("effect", "time")
+    keys = "text", "rosters", "margin"
+    effect, times = (
+        latest([line for line in results("margin") if line["what"] == w], *keys) for w in ("effect", "time")
     )
+    margins = sorted({margin for _, _, margin in effect}, key=float)
     panels = (
         ("held-out", "gain_kept", "held-out text", "gain in log-likelihood kept, %"),
         ("greedy", "overruled_kept", "greedy text of its own", "overruled tokens kept, %"),
     )
-    figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.6))
+    figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.8))
     for ax, (text, key, title, label) in zip(axes, panels, strict=True):
         for n, colour in {"4": GREEN, "8": BLUE, "32": ORANGE}.items():
-            chosen = [
-                (m, line, time[text, n, m]) for (name, count, m), line in effect.items() if (name, count) == (text, n)
-            ]
-            x, y = [cost["ratio"] for _, _, cost in chosen], [100 * line[key] for _, line, _ in chosen]
-            errors = [100 * line[f"{key}_error"] for _, line, _ in chosen]
-            ax.errorbar(x, y, errors, color=colour, label=f"n = {n}", marker="o", ms=4, capsize=2)
-            for (m, _, _), *place in zip(chosen, x, y, strict=True):
-                ax.annotate(f"{float(m):g}", place, (3, -10), textcoords="offset points", fontsize=7, color=colour)
-        ax.set(xlabel="time per token, relative to one roster", ylabel=label, title=title)
-        ax.legend(loc="lower right")
+            lines = [effect[text, n, margin] for margin in margins]
+            y, errors = ([100 * line[name] for line in lines] for name in (key, f"{key}_error"))
+            x = [times[text, n, margin]["ratio"] for margin in margins]
+            ax.errorbar(x, y, errors, color=colour, label=f"n = {n}", marker="o", ms=4, elinewidth=0.6, capsize=2)
+            for margin, *place in zip(margins, x, y, strict=True):
+                style = {"xytext": (3, -9), "textcoords": "offset points", "fontsize": 7, "color": colour}
+                ax.annotate(f"{float(margin):g}", place, **style)
+        ax.set(xlabel="time per token, relative to one roster", ylabel=label, title=title, xlim=(0.9, None))
+        ax.legend(loc="lower right", title="numbers are M", title_fontsize=8, fontsize=8)
     save(figure, "margin")
 
 

@@ -208,7 +208,7 @@ def main() -> None:
     add("--new-tokens", type=int, default=128, help="effect: of each [128]")
     add("--text", choices=["greedy", "held-out"], default="greedy", help="time: which text [greedy]")
     add("--timed-texts", type=int, default=6, help="time: pieces of it [6]")
-    add("--timed-tokens", type=int, default=64, help="time: of each [64]")
+    add("--timed-tokens", type=int, default=64, help="time: tokens of each [64]")
     add("--history", type=int, nargs="+", default=[32, 2048], help="forced: tokens before [32 2048]")
     add("--repeats", type=int, default=3, help="of timings; medians count [3]")
     args = parser.parse_args()

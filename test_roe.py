@@ -7,6 +7,7 @@ Tolerances: float32 sums in another order differ by about 1e-6 of the largest te
 here are of order 1 to 10, so 1e-4 is far above the rounding and far below the effect of one wrong expert (about 1e-1).
 """
 
+import contextlib
 import copy
 import http.server
 import importlib.util
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,6 +45,7 @@ from model import (
     attend,
     attend_by_head,
     packs_on,
+    top_k,
 )
 
 torch.set_num_threads(1)  # models this small do not gain from more, and lose where the processor is shared
@@ -322,6 +325,21 @@ def test_mixing_weights(monkeypatch, normalised):
         torch.testing.assert_close(got[:, 0].sort(descending=True).values, expected)
 
 
+# Rounded to bfloat16 they would be off by up to 2^-9; in float32 sums of 16 terms are off by some 1e-7.
+@torch.inference_mode()
+def test_probabilities_of_bfloat16_logits_are_float32(monkeypatch):
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(4, 5, 16).bfloat16()
+    exact, close = logits.double().softmax(-1), {"rtol": 0, "atol": 1e-6}
+    route = lambda weights: roe.stochastic_route(logits, 3, 0.0, torch.Generator(), weights)
+    for weights, indices in (top_k(logits, 3), route("clean"), route("perturbed")):
+        torch.testing.assert_close(weights, exact.gather(-1, indices).float(), **close)
+    torch.testing.assert_close(roe.aggregate(logits).exp(), exact.mean(0).float(), **close)
+    monkeypatch.setattr(roe, "processes", lambda: (0, 2))
+    monkeypatch.setattr(roe.dist, "all_reduce", lambda total: None)  # as if the other process had no rosters
+    torch.testing.assert_close(roe.aggregate_processes(logits, 4).exp(), exact.mean(0).float(), **close)
+
+
 def test_temperatures():
     config = Config(0, 0, 0, 5, 1, 1, 4, 2, 0)
     assert roe.temperatures(config, 0.3) == [0, 0.3, 0.3, 0.3, 0]
@@ -419,6 +437,28 @@ def test_scoring_equals_decoding(small, monkeypatch):
         for count in (1, 2, 3, n):
             log_prob = roe.aggregate(logits[:count])[tokens[t + 1]]
             torch.testing.assert_close(scores[count - 1, t], log_prob, **CLOSE)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("weights", ["clean", "perturbed"])
+def test_scores_follow_from_the_logits_watched(small, weights):
+    """In bfloat16 as well: averages of probabilities, made in float32, whose rounding is far below 1e-5."""
+    model, tokens, seen = load(small.path, "cpu", "bfloat16")[0], random_tokens(200), []
+    scores = roe.score(model, tokens, 3, TAU, weights=weights, watch=lambda *args: seen.append(args[:3]))
+    logits, log_probs, targets = (torch.cat(parts, -2 if parts[0].dim() > 1 else 0) for parts in zip(*seen))
+    assert logits.dtype == torch.bfloat16 and targets.tolist() == tokens[1:]
+    found = logits.double().softmax(-1).gather(-1, targets.expand(3, -1)[..., None])[..., 0]
+    expected = (found.cumsum(0) / torch.tensor([[1], [2], [3]])).log().float()
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(log_probs.gather(-1, targets[:, None])[:, 0], scores[2], rtol=0, atol=1e-5)
+    other = {"clean": "perturbed", "perturbed": "clean"}[weights]
+    assert not torch.equal(scores, roe.score(model, tokens, 3, TAU, weights=other))
+
+
+def test_noise_goes_on_from_piece_to_piece(small):
+    piece = random_tokens(128)  # the context: the same text twice, each time without a history
+    first, second = roe.score(small.model, [*piece, *piece, piece[0]], 3, TAU).split(128, 1)
+    assert torch.equal(first[0], second[0]) and not torch.isclose(first[2], second[2]).any()
 
 
 def test_scoring_after_a_shared_context(small):
@@ -565,6 +605,9 @@ def test_sampling_follows_temperature_and_top_p():
     torch.testing.assert_close(frequencies(0.5, 1.0), p**2 / (p**2).sum(), **close)
     torch.testing.assert_close(frequencies(1.0, 0.7), torch.tensor([0, 0.625, 0, 0.375]), **close)
     assert frequencies(1.0, 1e-6)[1] == 1  # at least one token is left
+    assert frequencies(0.5, 0.6, 100)[1] == 1  # the temperature comes first: 0.5 becomes 0.685
+    p = torch.tensor([0.5, 0.5])  # halves are exact
+    assert 1 in frequencies(1.0, 0.5, 100)  # a set that has just this probability is large enough
 
 
 def test_generation_ends(small, monkeypatch):
@@ -587,6 +630,49 @@ def test_one_seed_one_output(small):
     assert run(0, temperature=1.0) == run(0, temperature=1.0) != run(0)
     assert torch.equal(roe.score(small.model, range(20), 4, 1.0), roe.score(small.model, range(20), 4, 1.0))
     assert not torch.equal(roe.score(small.model, range(20), 4, 1.0), roe.score(small.model, range(20), 4, 1.0, seed=1))
+
+
+def test_settings_reach_every_token(small):
+    run = lambda tau, **options: list(roe.generate(small.model, [2], 4, tau, max_new_tokens=30, **options))
+    assert run(1.0, weights="clean") != run(1.0, weights="perturbed")
+    assert run(1.0, cache="shared") != run(1.0, cache="branching")
+    assert run(0.0, temperature=1.5, top_p=1e-6) == run(0.0) != run(0.0, temperature=1.5)  # one token is left
+
+
+def test_watch_sees_what_tokens_are_chosen_from(small, monkeypatch):
+    """The average of all rosters; and what is not yielded is not watched."""
+    seen, given, choose = [], [], roe.choose
+    monkeypatch.setattr(roe, "choose", lambda *args: given.append(args[0]) or choose(*args))
+    run = lambda: list(roe.generate(small.model, [1, 2, 3], 4, TAU, max_new_tokens=20, watch=lambda *a: seen.append(a)))
+    tokens = run()
+    for (logits, log_probs, token, cache), log_probs_given, expected in zip(seen, given, tokens, strict=True):
+        assert logits.shape == (4, 1, 304) and token.tolist() == [expected] and cache.length >= 3
+        assert torch.equal(log_probs[0], log_probs_given)
+        torch.testing.assert_close(log_probs, roe.aggregate(logits))
+    seen.clear()
+    monkeypatch.setattr(small.model.config, "eos_token_id", tokens[-1])
+    assert len(run()) == len(seen) == tokens.index(tokens[-1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_threads(small, dtype):
+    """Four that generate in step write what each writes alone; and no operation runs with a global switch moved."""
+    model = load(small.path, "cpu", dtype)[0]
+    run = lambda seed, watch=None: list(roe.generate(model, [2], 4, 2.0, max_new_tokens=20, seed=seed, watch=watch))
+    switches = lambda: (torch.backends.mkldnn.enabled, torch.get_num_threads(), torch.get_default_dtype())
+    before, seen, state, alone = switches(), set(), torch.get_rng_state(), [run(seed) for seed in range(4)]
+
+    class Watched(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.add(switches())
+            return function(*args, **kwargs or {})
+
+    with Watched():
+        run(0)
+    step = threading.Barrier(4)
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(lambda seed: run(seed, lambda *_: step.wait(600)), range(4))) == alone
+    assert seen == {before} == {switches()} and torch.equal(torch.get_rng_state(), state)
 
 
 def test_cache_bytes(small):
@@ -678,6 +764,8 @@ def test_streaming_keeps_characters_whole(embedded):
     pieces = list(roe.stream(tokenizer, tokenizer.encode(text).ids))
     assert "".join(pieces) == text
     assert len(pieces) > 10 and not any("\ufffd" in piece for piece in pieces)
+    # One that the text itself has, which looks like an incomplete one, waits for the next token only.
+    assert list(roe.stream(tokenizer, tokenizer.encode("\ufffdabc def").ids))[:2] == ["\ufffdabc", " def"]
     cut = tokenizer.encode("日").ids[:-1]
     assert "".join(roe.stream(tokenizer, cut)) == tokenizer.decode(cut)  # what stays incomplete is not lost
 
@@ -866,18 +954,139 @@ def test_show_shades_on_a_terminal_only(cli, monkeypatch):
     assert cli(*options, "--show")[1] == plain
 
 
-def test_perplexity_table(cli, embedded, tmp_path):
+@pytest.fixture
+def forced(monkeypatch, embedded):
+    """Makes the program generate a text, two tokens a second, from votes: those of the average and of each roster."""
+
+    def force(text, *votes, end=None):
+        tokens = [token for character in text for token in embedded[1].encode(character).ids]
+
+        def generate(*_, watch, **settings):
+            for token, vote in zip(tokens, votes, strict=True):  # "x" is for this token, "." for another
+                average, *rosters = (F.one_hot(torch.tensor([token if c == "x" else 0]), 4096).float() for c in vote)
+                watch(torch.stack(rosters), average, torch.tensor([token]), SimpleNamespace(nbytes=1234567))
+                yield token
+            if end:
+                raise end
+
+        monkeypatch.setattr(roe, "generate", generate)
+        monkeypatch.setattr(time, "perf_counter", itertools.count(step=0.5).__next__)
+
+    return force
+
+
+def test_shades_and_statistics(cli, forced, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    # A character of three tokens: the least agreement, and overruled at the first. Then one that a clean roster alone
+    # was sure of, whatever was sampled, and one that was sampled though no roster's first choice.
+    forced("a日bc", "xxxxx", "x.xxx", "xx.x.", "xxxxx", "..", ".....")
+    status, out, err = cli("--prompt", "x", "--show", "--margin", "0.5")
+    assert (status, out) == (0, "a\033[4;38;5;16;48;5;215m日\033[0mb\033[38;5;16;48;5;203mc\033[0m\n")
+    assert err == (
+        "6 tokens, 2.0 tokens/s, rosters: 4 on 5 of the tokens, cache: 1,234,567 bytes; "
+        "the average overruled the clean roster on 1 of the tokens\n"
+    )
+
+
+def test_interrupted(cli, forced):
+    forced("ab", "xx", "xx", end=KeyboardInterrupt)
+    status, out, err = cli("--prompt", "x")
+    assert (status, out) == (0, "ab\n") and err.startswith("2 tokens, ")
+    forced("", end=KeyboardInterrupt)
+    assert cli("--prompt", "x") == (130, "", "")
+
+
+@pytest.mark.parametrize("encoding, expected", [("ascii", b"n??!\n"), ("latin-1", b"n\xe9?!\n")])
+def test_terminal_that_lacks_characters(cli, forced, monkeypatch, encoding, expected):
+    forced("né日!", *["xx"] * len("né日!".encode()))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+    assert cli("--prompt", "x")[0] == 0
+    assert sys.stdout.buffer.getvalue() == expected
+
+
+@pytest.mark.parametrize("job", [["--prompt", "x", "--max-new-tokens", "5"], ["--ppl", __file__]])
+def test_reader_that_leaves(cli, monkeypatch, job):
+    """What `head` does: no error, and nothing that Python would fail to write at its end."""
+    monkeypatch.setattr(roe, "read_text", lambda args: "some text")
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stdout", open(writer, "w"))
+    assert cli(*job) == (0, "", "")
+    sys.stdout.close()
+
+
+def test_closed_streams(cli, monkeypatch):
+    options = ["--prompt", "class ", "--max-new-tokens", "5", "--show"]
+    _, out, err = cli(*options)
+    shell = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, ROOT / "roe.py"]
+    result = subprocess.run([*shell, *options], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, out, "")
+    result = subprocess.run([*shell, "--rosters", "0"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", "")
+    with monkeypatch.context() as closed:
+        closed.setattr(sys, "stdout", None)
+        status, out, err = cli(*options)
+        assert (status, out, err.count("\n")) == (0, "", 1) and err.startswith("5 tokens, ")
+    monkeypatch.setattr("io.TextIOWrapper", lambda _: None)  # by which `cli` makes the standard input
+    refused(cli("--prompt", "-"), "standard input is closed")
+
+
+@pytest.mark.parametrize("module", ["torch.*", "tokenizers", "load"])
+def test_interrupted_while_importing(module):
+    command = [sys.executable, "-X", "importtime", ROOT / "roe.py", "--ppl", ROOT / "tiny" / "validation.txt"]
+    with subprocess.Popen([*command, "--rosters", "64"], stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:  # Python says of each module that it has been imported
+            if re.fullmatch(rf"import time:.*\| +{module}\n", line):
+                process.send_signal(signal.SIGINT)
+                break
+        rest = [line for line in process.stderr if not line.startswith("import time:")]
+    assert (process.returncode, rest) == (130, [])
+
+
+@pytest.mark.parametrize(
+    "options, keywords",
+    (
+        ([], {}),
+        (["--seed", "3"], {"seed": 3}),
+        (["--weights", "clean"], {"weights": "clean"}),
+        (["--margin", "0.5"], {"margin": 0.5}),
+    ),
+)
+def test_perplexity_table(cli, embedded, tmp_path, options, keywords):
     model, tokenizer = embedded
     text = "import os\n\n\ndef join(*paths):\n    return os.path.join(*paths)\n"
     (tmp_path / "text.py").write_text(text)
     (tmp_path / "tau.json").write_text("[0, 0.1, 0.2, 0.3, 0.4, 0]")
-    scores = roe.score(model, tokenizer.encode(text).ids, 8, [0, 0.1, 0.2, 0.3, 0.4, 0])
-    status, out, _ = cli("--ppl", tmp_path / "text.py", "--rosters", 1, 2, 8, "--tau", tmp_path / "tau.json",
-                         "--dtype", "float32", "--device", "cpu")  # fmt: skip
+    scores = roe.score(model, tokenizer.encode(text).ids, 8, [0, 0.1, 0.2, 0.3, 0.4, 0], **keywords)
+    status, out, _ = cli("--ppl", tmp_path / "text.py", "--rosters", 2, 1, 8, "--tau", tmp_path / "tau.json",
+                         "--dtype", "float32", "--device", "cpu", *options)  # fmt: skip
     rows = [line.split() for line in out.splitlines()[1:]]
-    assert status == 0 and [int(row[0]) for row in rows] == [1, 2, 8]
-    for row in rows:
-        assert float(row[1]) == pytest.approx(math.exp(-scores[int(row[0]) - 1].mean()), abs=1e-3)
+    assert status == 0 and [int(row[0]) for row in rows] == [2, 1, 8]
+    one = math.exp(-scores[0].mean())
+    for n, perplexity, change in rows:
+        expected = math.exp(-scores[int(n) - 1].mean())
+        assert float(perplexity) == pytest.approx(expected, abs=1e-4)  # as it is printed
+        assert change[0] in "+-" and float(change[:-1]) == pytest.approx(100 * (expected / one - 1), abs=0.01)
+
+
+def test_perplexity_of_a_pipe(cli, tmp_path, monkeypatch):
+    """It is read once, and to a bound."""
+    (tmp_path / "file").write_text("some text")
+    os.mkfifo(tmp_path / "pipe")
+
+    def write(times):
+        with contextlib.suppress(BrokenPipeError), open(tmp_path / "pipe", "wb", buffering=0) as pipe:
+            for _ in range(times):
+                pipe.write(b"some text")
+
+    monkeypatch.setattr(roe, "MOST_BYTES", 9)
+    options = ["--device", "cpu", "--ppl"]
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(write, 1)
+        assert cli(*options, tmp_path / "pipe") == cli(*options, tmp_path / "file")
+        thread.submit(write, 10**6)
+        refused(cli(*options, tmp_path / "pipe"), "pipe has more than 9 bytes; give a part of it")
+    refused(cli("--prompt", "-", stdin=b"some texts"), "the prompt has more than 9 bytes")
 
 
 def test_default_temperatures(cli, small, tmp_path):
@@ -980,6 +1189,12 @@ BAD_ARGUMENTS = {
     "branching scores": (["--ppl", __file__, "--cache", "branching"], "--ppl does not read --cache"),
     "chat scores": (["--ppl", __file__, "--chat"], "--ppl does not read --chat"),
     "sampled scores": (["--ppl", __file__, "--temperature", "1"], "--ppl does not read --temperature"),
+    "cut scores": (["--ppl", __file__, "--top-p", "0.5"], "--ppl does not read --top-p"),
+    "scores of a length": (["--ppl", __file__, "--max-new-tokens", "9"], "--ppl does not read --max-new-tokens"),
+    "shaded scores": (["--ppl", __file__, "--show"], "--ppl does not read --show"),
+    "text and scores": (["--ppl", __file__, "--prompt", "x"], "not allowed with argument"),
+    "neither text nor scores": ([], "one of the arguments --prompt --ppl is required"),
+    "a directory for a text": (["--ppl", str(ROOT)], "Is a directory"),
 }
 
 
@@ -992,7 +1207,7 @@ def refused(result, sentence):
 @pytest.mark.parametrize("name", BAD_ARGUMENTS)
 def test_bad_arguments(cli, name):
     arguments, sentence = BAD_ARGUMENTS[name]
-    what = [] if {"--prompt", "--ppl"} & set(arguments) else ["--prompt", "x"]
+    what = [] if not arguments or {"--prompt", "--ppl"} & set(arguments) else ["--prompt", "x"]
     refused(cli(*what, *arguments), sentence)
 
 
@@ -1039,22 +1254,33 @@ def test_nothing_is_read_before_settings_are_checked(cli, small, tmp_path):
         refused(cli(*options, *more.split()), f"{more.split()[0][2:].replace('-', '_')} must be")
     (tmp_path / "tau.json").write_text("[1, 2]")
     refused(cli(*options), "tau has 2 values, but the model has 4 layers")
+    (tmp_path / "tau.json").write_text("[]")
+    refused(cli(*options), "tau has 0 values, but the model has 4 layers")
     (tmp_path / "tau.json").write_text("1")
     refused(cli(*options), "tau.json is not a JSON list")
     (tmp_path / "tau.json").unlink()
     refused(cli(*options), "neither model.safetensors nor its index")
 
 
-def test_predictions_that_are_not_finite(cli, small, tmp_path):
+@pytest.mark.parametrize(
+    "change, dtype",
+    (
+        (lambda tensors: tensors["model.norm.weight"].fill_(math.nan), "float32"),
+        (lambda tensors: tensors["lm_head.weight"][7].fill_(math.inf), "float32"),
+        (lambda tensors: tensors["model.norm.weight"].mul_(1e6), "float16"),  # beyond 65504
+        (lambda tensors: tensors["model.layers.3.mlp.experts.0.up_proj.weight"].mul_(1e6), "float16"),
+    ),
+)
+def test_predictions_that_are_not_finite(cli, small, tmp_path, change, dtype):
     for file in small.path.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    rewrite(tmp_path / "model.safetensors", lambda t: t["model.norm.weight"].fill_(math.nan))
+    rewrite(tmp_path / "model.safetensors", change)
     (tmp_path / "text").write_text("some text")
-    refused_late = lambda result: result[0] == 2 and "predictions are not finite" in result[2]
-    for options in (["--prompt", "x"], ["--prompt", "x", "--margin", "0.1"], ["--ppl", tmp_path / "text"]):
-        assert refused_late(cli("--model", tmp_path, "--device", "cpu", *options))
+    for options in (["--prompt", "some text"], ["--prompt", "text", "--margin", "0.1"], ["--ppl", tmp_path / "text"]):
+        status, _, err = cli("--model", tmp_path, "--device", "cpu", "--dtype", dtype, *options)
+        assert status == 2 and err.count("\n") == 1 and "predictions are not finite" in err
     with pytest.raises(ValueError, match="not finite"):
-        roe.score(load(tmp_path, "cpu")[0], [1, 2, 3], 2)
+        roe.score(load(tmp_path, "cpu", dtype)[0], list(b"some text"), 2)
 
 
 def test_full_caches_and_contexts(small):

@@ -136,7 +136,7 @@ def test_equivalent():
 
 def test_tables():
     """Every table can be printed, with as many cells in each line as in its head."""
-    for name, table in vars(tables).items():
+    for name, table in list(vars(tables).items()):
         if name.startswith("table_"):
             head, rule, *rows = table().splitlines()
             assert rows and {line.count(" | ") for line in rows} == {head.count(" | ")} == {rule.count(" | ")}

@@ -78,24 +78,22 @@ def draw_rosters() -> None:
 
 
 def draw_texts() -> None:
-    """Change against the clean path's perplexity; dots of one text lie above each other, below its name."""
+    """Change against the clean path's perplexity; what is about one text stands close together, below its name."""
     lines = latest([line for line in results("texts") if "softened" in line], "text", "setting").values()
     clean = lambda line: line["perplexity"] / (1 + line["change"])
-    beyond = ", beyond softmax temperature"
     figure, ax = plt.subplots(figsize=(8.5, 4.2))
-    for setting, (label, colour) in SETTINGS.items():
+    for place, (setting, (label, colour)) in enumerate(SETTINGS.items()):
         chosen = sorted((line for line in lines if line["setting"] == setting), key=clean)
-        for key, style, note in ("change", "-", ""), ("softened", ":", beyond):
-            error = "error" if key == "change" else "softened_error"
-            y, yerr = ([100 * line[name] for line in chosen] for name in (key, error))
-            style = {"color": colour, "ls": style, "marker": "o", "ms": 4, "capsize": 2, "label": label + note}
-            ax.errorbar([clean(line) for line in chosen], y, yerr, **style)
+        x = [clean(line) * 1.008 ** (place - 1) for line in chosen]
+        y, errors, softened = ([100 * line[key] for line in chosen] for key in ("change", "error", "softened"))
+        ax.errorbar(x, y, errors, color=colour, ls="none", marker="o", ms=5, capsize=2, label=label)
+        ax.plot(x, softened, "o", ms=5, mec=colour, mfc="none", label=label + ", beyond softmax temperature")
     for i, line in enumerate(chosen):
-        place = {"xytext": (0, 4 + 11 * (i % 2)), "textcoords": "offset points", "ha": "center", "fontsize": 8}
-        ax.annotate(line["text"], (clean(line), 0.5), **place)
+        place = {"xytext": (0, 4 + 11 * (i % 3)), "textcoords": "offset points", "ha": "center", "fontsize": 8}
+        ax.annotate(line["text"], (clean(line), 0.7), **place)
     ax.axhline(0, color=GREY, lw=1)
     ax.set_xscale("log")
-    ax.set_xticks(*2 * [[10, 20, 50, 100, 200]])
+    ax.set_xticks(*2 * [[15, 20, 30, 40, 50, 60, 80]])
     ax.minorticks_off()
     ax.margins(0.08, 0.1)
     ax.set(xlabel="perplexity of the clean path", ylabel="change of perplexity, %")

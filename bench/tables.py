@@ -46,12 +46,11 @@ def percents(line: dict) -> str:
 
 def table_tune() -> str:
     """Perplexity of the validation text."""
-    found = latest(results("tune"), "weights", "tau")
-    names = list(dict.fromkeys("tuned" if line["trials"] else f"τ = {line['tau']}" for line in found.values()))
-    rows = {weights: [label] for weights, label in READINGS.items()}
-    for line in found.values():
-        rows[line["weights"]].append(f"{line['perplexity']:.3f} ({percent(line)})")
-    return markdown(["weights", *names], rows.values())
+    name = lambda line: "tuned" if line["trials"] else f"τ = {line['tau']}"
+    found = {(line["weights"], name(line)): f"{line['perplexity']:.3f} ({percent(line)})" for line in results("tune")}
+    names = list(dict.fromkeys(name for _, name in found))
+    rows = [[label, *(found.get((weights, name), "") for name in names)] for weights, label in READINGS.items()]
+    return markdown(["weights", *names], rows)
 
 
 def table_tuned() -> str:

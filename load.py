@@ -122,7 +122,7 @@ def printable(message: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
 
 
-def find(source: str | Path | None, pattern: str, commit: str | None = None) -> Path:
+def find(source: str | Path | None, pattern: str | list[str], commit: str | None = None) -> Path:
     """The directory that holds the model `source`, see `load`.
 
     If that is a hub id, its files of that pattern are fetched first: the newest ones, or those of a commit.

@@ -99,6 +99,7 @@ def test_naive_roe():
     torch.testing.assert_close(naive.average(logits), roe.aggregate(logits))
 
 
+@torch.inference_mode()
 def test_static_cache():
     """Its logits are those of the shared cache, and on a device without data a step works: it reads nothing back."""
     model, _ = load(device="cpu", dtype="float32", fast=False)

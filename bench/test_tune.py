@@ -117,14 +117,14 @@ def test_trials_belong_to_contents(cli, monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "score", lambda *_, **__: torch.tensor([[-1.0]]))
     assert cli("--trials", 1)[2].count("\n") == 1
     Path("same.py").write_bytes(TEXT)
-    for options in (["--model", "copy"], ["--dtype", "bfloat16"], ["--weights", "perturbed"]):
+    for options in (["--model", "copy"], ["--dtype", "float32"], ["--weights", "perturbed"]):
         assert cli("--trials", 1, *options, file="same.py")[::2] == (0, ""), options
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
     Path("same.py").write_bytes(TEXT + b"x")
     for file, options in (
         ("same.py", []),
         ("text.py", ["--model", "model"]),
-        ("text.py", ["--dtype", "float32"]),
+        ("text.py", ["--dtype", "bfloat16"]),
         ("text.py", ["--rosters", 2]),
         ("text.py", ["--tau-max", 0.4]),
         ("text.py", ["--skip", 2]),
@@ -192,7 +192,7 @@ FOREIGN = {
     "the log is a pipe": ([], lambda: os.mkfifo("tau.json.log"), "tau.json.log is not a regular file"),
     "device": (["--output", "/dev/null"], lambda: None, "/dev/null is not a regular file"),
     "no such folder": (["--output", "no/tau.json"], lambda: None, "No such file or directory: 'no/tau.json.log'"),
-    "empty text": ([], lambda: Path("text.py").write_bytes(b""), "too short to score"),
+    "empty text": ([], lambda: Path("text.py").write_bytes(b""), "the text is too short"),
     "no UTF-8": ([], lambda: Path("text.py").write_bytes(b"caf\xe9"), "text.py is not UTF-8 text (byte 3)"),
     "no text": ([], lambda: Path("text.py").unlink(), "text.py"),
     "no model": (["--model", "no/such/model"], lambda: None, "there is no directory no/such/model"),

@@ -20,24 +20,14 @@ import math
 import os
 import uuid
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from load import find, load
 from model import OLMoE
-from roe import TAU, score, temperatures
+from roe import TAU, check_length, fail, score, temperatures
 
-SEARCH = [
-    "text",
-    "model",
-    "dtype",
-    "device",
-    "rosters",
-    "tau_max",
-    "skip",
-    "weights",
-    "seed",
-]  # what a trial belongs to
+SEARCH = "text model dtype device rosters tau_max skip weights seed".split()  # what a trial belongs to
 START = b'{"text": "'  # of every line of the log
 
 
@@ -108,6 +98,7 @@ def tune(args: argparse.Namespace, model: OLMoE, tokens: list[int], search: dict
     space = {str(i): optuna.distributions.FloatDistribution(0, tau) for i, tau in enumerate(highest) if tau > 0}
     if not space:
         raise ValueError("no layer is left to tune; lower --skip")
+    check_length(len(tokens), 2)
     state = lambda value: optuna.trial.TrialState.FAIL if value is None else optuna.trial.TrialState.COMPLETE
     best = lambda: min(trials, key=lambda trial: trial["perplexity"] or math.inf)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -122,8 +113,11 @@ def tune(args: argparse.Namespace, model: OLMoE, tokens: list[int], search: dict
     for number in range(len(trials) + 1, args.trials + 1):
         trial = study.ask(space)
         tau = [trial.params.get(str(i), 0.0) for i in range(len(highest))]
-        scores = score(model, tokens, args.rosters, tau, seed=args.seed, weights=args.weights)
-        perplexity = scores[-1].mean().neg().exp().item()
+        try:
+            scores = score(model, tokens, args.rosters, tau, seed=args.seed, weights=args.weights)
+            perplexity = scores[-1].mean().neg().exp().item()
+        except ValueError:  # predictions that are not finite
+            perplexity = math.nan
         value = perplexity if math.isfinite(perplexity) else None
         study.tell(trial, value, state(value))
         trials.append(search | {"tau": tau, "perplexity": value})
@@ -139,12 +133,6 @@ def tune(args: argparse.Namespace, model: OLMoE, tokens: list[int], search: dict
         raise ValueError("every trial failed; try --dtype float32")
     replace(args.output, best()["tau"])  # if no trial was left to run, it may be missing
     return best()
-
-
-def fail(message: object) -> NoReturn:
-    """Ends the program with one line on standard error and exit status 2."""
-    print("tune.py: error:", " ".join(str(message).split()), file=sys.stderr)
-    sys.exit(2)
 
 
 def main() -> None:
@@ -176,7 +164,7 @@ def main() -> None:
         data = args.file.read_bytes()
         text = data.decode()
         log, trials = open_log(args.output)
-        folder = find(args.model)
+        folder = find(args.model, ["*.json", "*.safetensors"])
         model, tokenizer = load(folder, args.device, args.dtype)
         contents = hashlib.sha256(data).hexdigest(), checksum(folder), str(model.dtype), model.device.type
         options = args.rosters, args.tau_max, args.skip, args.weights, args.seed

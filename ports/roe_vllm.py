@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from vllm import ModelRegistry, SamplingParams
 from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.exceptions import VLLMValidationError
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe import GateLinear
 
@@ -73,8 +74,7 @@ class Rosters:
         self.rosters, tau, self.seed = settings(len(gates))
         # What the hooks add must be read from memory: vLLM compiles the model once, with its Python values frozen.
         # noise[layer, i] is for the i-th request of a step, noise[layer, 0] = 0; request: i for its last token, else 0.
-        shape = len(gates), schedule.max_num_seqs + 1, gates[0].output_size
-        self.noise = torch.zeros(shape, dtype=torch.float32)
+        self.noise = torch.zeros(len(gates), schedule.max_num_seqs + 1, gates[0].output_size, dtype=torch.float32)
         self.request = torch.zeros(schedule.max_num_batched_tokens, dtype=torch.long)
         self.tau = torch.tensor(tau, dtype=torch.float32).view(-1, 1, 1, 1)
         self.generator = torch.Generator(self.noise.device)
@@ -84,7 +84,7 @@ class Rosters:
             gate.register_buffer("request", self.request, persistent=False)
             gate.register_forward_hook(add_noise)
         # vLLM keeps compiled models on disk: not to take plain ones for ours, nor ours for those of other shapes.
-        vllm_config.additional_config = {**vllm_config.additional_config, "roe": shape}
+        vllm_config.additional_config = {**vllm_config.additional_config, "roe": tuple(self.noise.shape)}
         if vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():  # which would freeze the loop below
             vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
 
@@ -144,7 +144,7 @@ def register() -> None:
 
     def refuse_prompt_logprobs(params, *args, verify=SamplingParams.verify):
         if params.prompt_logprobs is not None:
-            raise ValueError("RoE in vLLM scores no prompts, only the last token has rosters; unset prompt_logprobs")
+            raise VLLMValidationError("RoE scores no prompts: only the last token has rosters; unset prompt_logprobs")
         verify(params, *args)
 
     SamplingParams.verify = refuse_prompt_logprobs

@@ -38,6 +38,7 @@ from cache import BranchingCache, SharedCache
 from load import load, read_config, read_tokenizer
 from model import (
     Config,
+    DirectExperts,
     Expert,
     Experts,
     Norm,
@@ -753,10 +754,12 @@ def test_experts(dtype, atol):
     exact, expected = copy.deepcopy(experts).double(), torch.zeros(3, 2, 64, dtype=torch.float64)
     for n, t, i in itertools.product(range(3), range(2), range(2)):
         expected[n, t] += weights[n, t, i].double() * exact[indices[n, t, i]](x[n, t].double())
-    for form in (experts, StackedExperts(experts)):
+    for form in (experts, StackedExperts(experts), DirectExperts(experts)):
         # bfloat16 rounds six times on the way to a sum of 48 terms of order 0.02, each time by up to 2^-9: some 5e-4 of
         # order 0.1, and more in the worst of 384.
         torch.testing.assert_close(form(x, weights, indices).double(), expected, rtol=0, atol=atol)
+        one = form(x[1:2, :1], weights[1:2, :1], indices[1:2, :1])
+        torch.testing.assert_close(one.double(), expected[1:2, :1], rtol=0, atol=atol)
 
 
 def test_embedded_model_writes_what_it_wrote(embedded):

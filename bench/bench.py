@@ -45,12 +45,16 @@ from cache import SharedCache
 from load import EMBEDDED, load, stored_name
 from model import (
     Config,
+    DirectExperts,
+    Expert,
+    Experts,
     Norm,
     OLMoE,
     PackedLinear,
     attend,
     attend_by_head,
     packs_on,
+    speed_up,
 )
 
 OLMOE = {  # allenai/OLMoE-1B-7B
@@ -384,6 +388,15 @@ def check_tricks() -> None:
         for n in (1, 8, 32):
             x = rows(n)
             tricks.append((f"PackedLinear, {n} rows", lambda x=x: each(linears, x), lambda x=x: each(packed, x)))
+    with torch.device("meta"):
+        experts = Experts(Expert(config) for _ in range(config.num_experts))
+    experts = experts.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
+    for p in experts.parameters():
+        p.normal_(std=0.02)
+    speed_up(experts)
+    direct, (weights, indices) = DirectExperts(experts), torch.rand(1, 1, config.num_experts).topk(8)
+    args = rows(1)[None], weights.bfloat16(), indices
+    tricks.append(("DirectExperts, 1 row", lambda: experts(*args), lambda: direct(*args)))
     norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps).bfloat16()
     quick = Norm(norm)
     for n in (1, 512):

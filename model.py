@@ -248,7 +248,7 @@ class PackedLinear(nn.Module):
 
 
 class DirectExperts(Experts):
-    """`Experts` on CPUs: a single token asks its k experts one after the other, and nobody looks for its rows: 1.1 times as fast."""
+    """`Experts` on CPUs, where a single token asks its k experts without a search for its rows: 1.1 times as fast."""
 
     def forward(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         if indices.shape[:2] != (1, 1):

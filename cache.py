@@ -41,7 +41,8 @@ class SharedCache:
 
         Returns:
             shared_k, shared_v [1, Hk, S, D]: the last query sees all S positions, each earlier one sees one fewer.
-            own_k, own_v [n, Hk, T, 1, D]: each query's own position. [1, Hk, T, 0, D] for one row: it is in the shared.
+            own_k, own_v [n, Hk, T, 1, D]: each query's own position. Empty, [1, Hk, T, 0, D], for one row, whose own
+                positions are among the shared ones.
 
         Raises:
             ValueError: the cache is full.

@@ -33,21 +33,20 @@ from load import describe, load, printable, read_json
 from model import Config, OLMoE, top_k
 
 TAU = 0.2  # the default temperature; the paper finds values up to 0.5 useful, and larger ones always harmful
-WEIGHTS = "perturbed"  # the default reading of equation 1; see `stochastic_route`
 MOST_BYTES = 2**24  # of a prompt or text that is read from a file
 
 
 # ---- 2.1 Stochastic routing -----------------------------------------------------------------------------------------
 
 
-def gumbel(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+def gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """I.i.d. Gumbel(0, 1) noise in float32, on the generator's device. All routing noise comes from here."""
     # If X is Exponential(1), -log(X) is Gumbel(0, 1); exponential_ never returns 0.
     return -torch.empty(shape, device=generator.device).exponential_(generator=generator).log()
 
 
 def stochastic_route(
-    logits: Tensor, k: int, tau: float, generator: torch.Generator, weights: str = WEIGHTS, normalize: bool = False
+    logits: Tensor, k: int, tau: float, generator: torch.Generator, weights: str = "perturbed", normalize: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Gumbel-top-k routing (equation 1): every roster but the first draws its own k experts.
 
@@ -78,8 +77,8 @@ def temperatures(config: Config, tau: float | Sequence[float] | None = None, ski
     """One routing temperature per layer.
 
     Args:
-        tau: one value per layer, returned as they are. Or a number for all layers, or None for the model's own
-            (`config.tau`; 0.2 if it has none): with these the first and last `skip` layers get 0.
+        tau: one value per layer, returned as they are; or a number for all layers but the first and last `skip`, which
+            get 0. None: the model's own values (`config.tau`), or 0.2 if it has none.
 
     Returns:
         a list of floats, as many as the model has layers.
@@ -89,14 +88,13 @@ def temperatures(config: Config, tau: float | Sequence[float] | None = None, ski
     """
     layers = config.num_hidden_layers
     if tau is None:
-        values = [TAU] * layers if config.tau is None else config.tau
-    else:
-        values = [tau] * layers if isinstance(tau, (int, float)) else tau
+        tau = TAU if config.tau is None else config.tau
+    ends, values = (skip, [tau] * layers) if isinstance(tau, (int, float)) else (0, tau)
+    check(skip=skip)
     for value in values:
-        check(tau=value, skip=skip)
+        check(tau=value)
     if len(values) != layers:
         raise ValueError(f"tau has {len(values)} values, but the model has {layers} layers; give one value per layer")
-    ends = skip if values is not tau else 0
     return [float(value) if ends <= layer < layers - ends else 0.0 for layer, value in enumerate(values)]
 
 
@@ -104,7 +102,7 @@ def temperatures(config: Config, tau: float | Sequence[float] | None = None, ski
 
 
 def roster_route(
-    config: Config, rosters: int, tau: Sequence[float], generator: torch.Generator, weights: str = WEIGHTS
+    config: Config, rosters: int, tau: Sequence[float], generator: torch.Generator, weights: str = "perturbed"
 ) -> Callable[[int, Tensor], tuple[Tensor, Tensor]]:
     """`stochastic_route` as the `route` of `model.OLMoE`: one row until the first noisy router, n rows from there on.
 
@@ -147,7 +145,7 @@ def predict(
     rosters: int,
     tau: float | Sequence[float] | None,
     generator: torch.Generator,
-    weights: str = WEIGHTS,
+    weights: str = "perturbed",
 ) -> Tensor:
     """Predicts the token that follows, once per roster, in one batched forward pass.
 
@@ -168,7 +166,8 @@ def predict(
     check_length(cache.length + tokens.shape[1], 1, model.config)
     if tokens.shape[1] > 1:
         model.hidden(tokens[:, :-1], cache)
-    return model(tokens[:, -1:], cache, route)[:, 0].expand(len(my_rows(rosters)), -1)
+    logits = model(tokens[:, -1:], cache, route)[:, 0]
+    return logits.expand(len(my_rows(rosters)), -1)  # of one row still, if no layer is noisy
 
 
 # ---- 3.1 Aggregation ------------------------------------------------------------------------------------------------
@@ -214,7 +213,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    weights: str = WEIGHTS,
+    weights: str = "perturbed",
     margin: float = 1.0,
     watch: Callable | None = None,
 ) -> Iterator[int]:
@@ -236,36 +235,29 @@ def generate(
         token ids, each as soon as it is known.
 
     Raises:
-        ValueError: an empty prompt, one longer than the context, an argument out of its range, or predictions that are
-            not finite.
+        ValueError, with the first token: an empty prompt, one longer than the context, an argument out of its range, or
+            predictions that are not finite.
     """
     config, tau = model.config, temperatures(model.config, tau)
-    check(rosters=rosters, cache=cache, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    check(weights=weights, margin=margin)
+    check(rosters=rosters, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    check(cache=cache, margin=margin, weights=weights)
     check_length(len(tokens), 1, config)
-    if cache == "branching" and processes()[1] > 1:
-        raise ValueError("the branching cache works in one process only; use the shared cache")
-    if cache == "branching" and margin < 1:
-        raise ValueError(
-            "with the branching cache every roster needs its own version of every token; leave margin at 1"
-        )
 
     max_len = min(config.max_position_embeddings, len(tokens) + max_new_tokens - 1)  # the last token is not read again
-    steps = max_len - len(tokens) + 1
     if cache == "shared":
-        cache = SharedCache(config, max_len)
+        history = SharedCache(config, max_len)
     else:
         first_noisy = next((layer for layer, value in enumerate(tau) if value > 0), None)
-        cache = BranchingCache(config, max_len, rosters, len(tokens) - 1, first_noisy)
+        history = BranchingCache(config, max_len, rosters, len(tokens) - 1, first_noisy)
     generator = torch.Generator(model.device).manual_seed(seed)
     eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    for _ in range(steps):
-        logits, log_probs = predict_where_unsure(model, tokens, cache, rosters, tau, generator, weights, margin)
+    for _ in range(len(tokens) - 1, max_len):
+        logits, log_probs = predict_where_unsure(model, tokens, history, rosters, tau, generator, weights, margin)
         token = choose(log_probs, temperature, top_p, generator)
         if token in eos:
             return
         if watch:
-            watch(logits[:, None], log_probs[None], torch.tensor([token], device=model.device), cache)
+            watch(logits[:, None], log_probs[None], torch.tensor([token], device=model.device), history)
         yield token
         tokens = [token]
 
@@ -293,9 +285,12 @@ def predict_where_unsure(
 
 
 def sure(log_probs: Tensor, margin: float) -> Tensor:
-    """Whether the first choice is more probable than the second by `margin` or more: log_probs [..., V] -> [...]."""
+    """Whether the first choice is more probable than the second by `margin` or more: log_probs [..., V] -> [...].
+
+    At margin 1 nothing is, not even what rounds to a probability of 1.
+    """
     first, second = log_probs.topk(2).values.exp().unbind(-1)
-    return first - second >= margin
+    return (first - second >= margin) & (margin < 1)
 
 
 @torch.inference_mode()
@@ -305,7 +300,7 @@ def score(
     rosters: int,
     tau: float | Sequence[float] | None = None,
     seed: int = 0,
-    weights: str = WEIGHTS,
+    weights: str = "perturbed",
     margin: float = 1.0,
     history: SharedCache | None = None,
     watch: Callable | None = None,
@@ -335,8 +330,7 @@ def score(
     config = model.config
     check(seed=seed, margin=margin)
     check_length(len(tokens), 2)
-    if processes()[1] > 1:
-        raise ValueError("scoring works in one process only; start it without torchrun")
+    check_single("scoring")
     if history:
         check_length(history.length + len(tokens) - 1, 1, config)
     generator = torch.Generator(model.device).manual_seed(seed)
@@ -354,17 +348,11 @@ def score(
                 logits = model(part[None], cache, route).expand(rosters, -1, -1)
                 log_probs = logits.float().log_softmax(-1)
                 found = log_probs.gather(-1, target.expand(rosters, -1).unsqueeze(-1)).squeeze(-1)
-                averages, average = found.logcumsumexp(0) - counts.log()[:, None], None
-                if watch:
-                    average = log_probs.logsumexp(0) - math.log(rosters)
-                if margin < 1:
-                    clean = sure(log_probs[0], margin)
-                    averages = averages.where(~clean, found[0])
-                    average = average if average is None else average.where(~clean[:, None], log_probs[0])
-                scores[:, done : done + len(part)] = averages
+                averages, clean = found.logcumsumexp(0) - counts.log()[:, None], sure(log_probs[0], margin)
+                scores[:, done : done + len(part)] = averages.where(~clean, found[0])
                 done += len(part)
                 if watch:
-                    watch(logits, average, target, cache)
+                    watch(logits, aggregate(logits).where(~clean[:, None], log_probs[0]), target, cache)
                 progress.update(len(part))
     return check_finite(scores)
 
@@ -389,24 +377,32 @@ RANGES = {
 def check(**settings) -> None:
     """Raises ValueError for a setting that is out of its range."""
     for name, value in settings.items():
-        fits, range = RANGES[name]
+        fits, allowed = RANGES[name]
         if not fits(value):
-            raise ValueError(f"{name} must be {range}, not {value}")
+            raise ValueError(f"{name} must be {allowed}, not {value!r}")
+    if settings.get("cache") == "branching":
+        check_single("the branching cache")
+        if settings["margin"] < 1:
+            raise ValueError("with the branching cache every roster reads every token; leave margin at 1")
+
+
+def check_single(what: str) -> None:
+    """Raises ValueError where several processes share the rosters."""
+    if processes()[1] > 1:
+        raise ValueError(f"{what} works in one process only; start it without torchrun")
 
 
 def check_length(length: int, least: int, config: Config | None = None) -> None:
     """Raises ValueError for too few tokens, or for more than the model's context has room for."""
     if length < least:
-        raise ValueError(f"the text is too short: it has {length} tokens, at least {least} must be given")
-    if config and length > config.max_position_embeddings:
-        raise ValueError(
-            f"there are {length} tokens, but the model's context has only {config.max_position_embeddings}"
-        )
+        raise ValueError(f"the text is too short: there are {length} tokens, give at least {least}")
+    if config and length > (most := config.max_position_embeddings):
+        raise ValueError(f"there are {length} tokens, but the model's context has only {most}")
 
 
 def check_finite(log_probs: Tensor) -> Tensor:
     """Raises ValueError where a model's predictions are not numbers."""
-    if log_probs.isnan().any():
+    if log_probs.isnan().any():  # what a softmax makes of infinite logits; -inf is a probability of 0
         raise ValueError("the model's predictions are not finite: its weights are broken, or too large for its dtype")
     return log_probs
 
@@ -443,20 +439,19 @@ def parse_arguments() -> argparse.Namespace:
     add("--tau", help=f"noise temperature, or a JSON file of one per layer [tau.json beside the model; without, {TAU}]")
     add("--skip", metavar="L", type=int, default=1, help="layers without noise at each end; not with a file [1]")
     weights = "what mixes the chosen experts, R being the router's logits: softmax(R + tau G), or softmax(R)"
-    add("--weights", choices=["perturbed", "clean"], default=WEIGHTS, help=f"{weights} [{WEIGHTS}]")
-    margin = "run rosters only where the clean one gives its first choice less than M more than its second; 1: always"
-    add("--margin", metavar="M", type=float, default=1.0, help=f"{margin} [1]")
+    add("--weights", choices=["perturbed", "clean"], default="perturbed", help=f"{weights} [perturbed]")
+    margin = "rosters only where the clean one gives its first choice less than M more than its second; 1: always [1]"
+    add("--margin", metavar="M", type=float, default=1.0, help=margin)
     add("--seed", metavar="N", type=int, default=0, help="of noise and sampling; one seed gives one output [0]")
 
     add = parser.add_argument_group("the text, with --prompt").add_argument
     add("--max-new-tokens", metavar="N", type=int, default=128, help="stop after this many tokens [128]")
     add("--temperature", metavar="T", type=float, default=0.0, help="sample at this temperature; 0 is greedy [0]")
     add("--top-p", metavar="P", type=float, default=1.0, help="sample from the likeliest tokens of this total mass [1]")
-    cache = "one clean history for all rosters, or one history for each [shared]"
-    add("--cache", choices=["shared", "branching"], default="shared", help=cache)
+    add("--cache", choices=["shared", "branching"], default="shared", help="one history, or one per roster [shared]")
     add("--chat", action="store_true", help="wrap the prompt as the OLMoE Instruct models expect it")
-    show = "on a terminal, shade a token the more, the fewer rosters chose it; underline where the average overruled"
-    add("--show", action="store_true", help=f"{show} the clean roster")
+    show = "on a terminal, shade tokens that few rosters chose, underline those that overruled the clean one"
+    add("--show", action="store_true", help=show)
 
     add = parser.add_argument_group("the model").add_argument
     model = "directory, or hub id such as allenai/OLMoE-1B-7B-0125-Instruct [the small model that comes with RoE]"
@@ -486,14 +481,17 @@ def fail(message: object) -> NoReturn:
 
 def read_text(args: argparse.Namespace) -> str:
     """The prompt, or the text to be scored."""
-    name, piped = args.ppl or "the prompt", args.prompt == "-"
-    if piped and processes()[1] > 1:
-        raise ValueError("several processes cannot share standard input; give the prompt itself")
+    name, piped = "the prompt" if args.ppl is None else args.ppl or "''", args.prompt == "-"
+    if piped or args.prompt is None:
+        check_single("standard input" if piped else "scoring")
     if piped and not sys.stdin:
         raise ValueError("standard input is closed; give the prompt itself")
-    if args.prompt is None or piped:  # either may be a pipe or a device without end
-        with sys.stdin.buffer if piped else open(args.ppl, "rb") as file:
-            data = file.read(MOST_BYTES + 1)
+    if piped or args.prompt is None:  # either may be a pipe or a device without end
+        try:
+            with sys.stdin.buffer if piped else open(args.ppl, "rb") as file:
+                data = file.read(MOST_BYTES + 1)
+        except OSError as error:
+            raise ValueError(f"{name} cannot be read ({error.strerror}); give a text file") from error
     else:
         data = os.fsencode(args.prompt)
     if len(data) > MOST_BYTES:
@@ -510,10 +508,9 @@ def read_tau(argument: str | None) -> float | list[float] | None:
     try:
         return None if argument is None else float(argument)
     except ValueError:
-        pass
-    if not Path(argument).exists():
-        raise ValueError(f"tau takes a number or a JSON file with a list of them; {argument} is neither")
-    return read_json(Path(argument), list)
+        if not Path(argument).is_file():
+            raise ValueError(f"tau takes a number or a JSON file with a list of them, not {argument!r}") from None
+        return read_json(Path(argument), list)
 
 
 def shade(text: str, agreement: float, overruled: bool) -> str:
@@ -588,11 +585,11 @@ def main() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         # All that can be refused is refused before weights are fetched or read.
         check(**{name: value for name, value in vars(args).items() if name in RANGES.keys() - {"rosters", "tau"}})
-        check(rosters=min(args.rosters), skip=args.skip), check(rosters=max(args.rosters))
+        check(rosters=min(args.rosters)), check(rosters=max(args.rosters))
         text, tau = read_text(args), read_tau(args.tau)
-        if isinstance(tau, list) and args.skip != 1:
-            raise ValueError("--skip is for a number; a file of temperatures says what every layer gets")
         _, config, tokenizer = describe(args.model, args.device)
+        if args.skip != 1 and (isinstance(tau, list) or tau is None and config.tau):
+            raise ValueError("--skip is for one --tau; a file of temperatures says what every layer gets")
         tau, tokens = temperatures(config, tau, args.skip), tokenizer.encode(text).ids
         check_length(len(tokens), *((2,) if args.prompt is None else (1, config)))
         model, _ = load(args.model, args.device, args.dtype)

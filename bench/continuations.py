@@ -20,7 +20,7 @@ def score_continuations(
     rosters: int,
     tau: float | Sequence[float] | None = None,
     seed: int = 0,
-    weights: str = roe.WEIGHTS,
+    weights: str = "perturbed",
     margin: float = 1.0,
 ) -> Iterator[tuple[Tensor, bool]]:
     """Scores continuations one after the other; a context equal to the previous pair's is not read again.

@@ -50,7 +50,7 @@ class RoE(TemplateLM):
         rosters: int = 4,
         tau: float | str | None = None,
         skip: int = 1,
-        weights: str = roe.WEIGHTS,
+        weights: str = "perturbed",
         cache: str = "shared",
         margin: float = 1.0,
         dtype: str = "auto",

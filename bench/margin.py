@@ -115,7 +115,7 @@ def decode(model, tokens: list[int], cache: SharedCache, n: int, margin: float, 
     generator, before, unsure = torch.Generator(model.device).manual_seed(0), cache.length, 0
     start = time.perf_counter()
     for token in tokens:
-        logits, log_probs = roe.predict_where_unsure(model, [token], cache, n, tau, generator, roe.WEIGHTS, margin)
+        logits, log_probs = roe.predict_where_unsure(model, [token], cache, n, tau, generator, "perturbed", margin)
         roe.choose(log_probs, 0.0, 1.0, generator)
         unsure += len(logits) == n
     seconds = time.perf_counter() - start

@@ -198,7 +198,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # ======== What follows changes only speed and rounding; skip it on first reading =====================================
 #
 # Each trick replaces a part of the model behind the same signature. Its comment says what it buys: how many times as
-# fast it is, as `python bench/bench.py --check` measured it on two cores with AVX-512 and torch 2.15.
+# fast it is, as `python bench/bench.py --check` measured it with torch 2.15 on two cores: with bfloat16 instructions
+# (AVX-512), or without where it says so.
 
 
 def speed_up(module: nn.Module) -> None:
@@ -255,7 +256,7 @@ def widens_on(weight: Tensor) -> bool:
 
 
 class WideLinear(nn.Module):
-    """`nn.Linear` in half precision on CPUs that multiply in float32 only: @@ times as fast for 8 rows, @@ for 512.
+    """`nn.Linear` in half precision on CPUs that multiply in float32 only: 1.3 times as fast for 8 rows, 4 for 128.
 
     PyTorch's product converts each weight anew for every row; this one does so once, for 512 columns at a time, which
     fit into a cache.
@@ -339,6 +340,11 @@ def attend_by_head(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor,
     return (out + torch.einsum("hngtc,nhtcd->hngtd", of_own, own_v)).transpose(0, 1).reshape(n, H, T, D)
 
 
-def attend_widely(*parts: Tensor) -> Tensor:
-    """`attend` in half precision on CPUs that multiply in float32 only: @@ times as fast for 32 rows."""
-    return attend_by_head(*(part.float() for part in parts)).to(parts[0].dtype)
+def attend_widely(q: Tensor, *keys_and_values: Tensor) -> Tensor:
+    """`attend` in half precision on CPUs that multiply in float32 only, and therefore in it.
+
+    54 times as fast for a prompt of 2,048 tokens; after as many, 5 times for 8 rows and 13 times for 32.
+    """
+    if len(q) * q.shape[2] == 1:  # a single query: nothing would be converted twice
+        return F.scaled_dot_product_attention(q, *keys_and_values[:2], enable_gqa=True)
+    return attend_by_head(q.float(), *(part.float() for part in keys_and_values)).to(q.dtype)

@@ -388,10 +388,10 @@ def check_tricks() -> None:
     linear = PackedLinear if packs_on(random(1)) else WideLinear if widens_on(random(1)) else None
     if linear:
         linears = [nn.Linear(config.hidden_size, config.intermediate_size, bias=False).bfloat16() for _ in range(64)]
-        quick = [linear(plain.weight) for plain in linears]
+        others = [linear(plain.weight) for plain in linears]
         for n in (1, 8, 32) if linear is PackedLinear else (8, 32, 128):
             x = rows(n)
-            tricks.append((f"{linear.__name__}, {n} rows", lambda x=x: each(linears, x), lambda x=x: each(quick, x)))
+            tricks.append((f"{linear.__name__}, {n} rows", lambda x=x: each(linears, x), lambda x=x: each(others, x)))
     with torch.device("meta"):
         experts = Experts(Expert(config) for _ in range(config.num_experts))
     experts = experts.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
@@ -408,7 +408,7 @@ def check_tricks() -> None:
         many = range(32)  # of one call alone, a pause would be all that is seen
         tricks.append((f"Norm, {n} rows", lambda x=x: [norm(x) for _ in many], lambda x=x: [quick(x) for _ in many]))
     H, D = config.num_attention_heads, config.head_dim
-    fast = attend_widely if widens_on(random(1)) else attend_by_head
+    other = attend_widely if widens_on(random(1)) else attend_by_head
     for n, T, S in ((1, 2048, 2048), (1, 1, 32), (1, 1, 2048), (8, 1, 2048), (32, 1, 2048)):
         # Of more memory than caches hold; and with room for more, since keys that fill it are read faster.
         shared = [random(1, H, S + 100, D)[:, :, :S] for _ in range(16 if T == 1 else 2)]
@@ -416,11 +416,13 @@ def check_tricks() -> None:
         q = random(n, H, T, D)
         step = lambda attend, q=q, own=own, pairs=pairs: [attend(q, k, v, own, own) for k, v in pairs]
         what = f"a prompt of {T}" if T > 1 else f"{n} rows after {S} tokens"
-        tricks.append((f"{fast.__name__}, {what}", lambda s=step: s(attend), lambda s=step: s(fast)))
+        tricks.append((f"{other.__name__}, {what}", lambda s=step: s(attend), lambda s=step: s(other)))
     print(f"torch {torch.__version__}: times as fast as the plain code")
     for name, *forms in tricks:
-        times = {form: [] for form in forms}
-        for _ in range(16):
+        times, begin = {form: [] for form in forms}, time.perf_counter()
+        for repeat in range(16):
+            if repeat > 2 and time.perf_counter() - begin > 6:  # seconds
+                break
             for form in forms:
                 start = time.perf_counter()
                 form()

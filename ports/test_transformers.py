@@ -238,7 +238,8 @@ def test_every_row_equals_a_run_of_its_own(family, weights, monkeypatch):
 
     history = DynamicCache(config=model.config)
     forward(model, IDS[:, :-2], history)
-    close, moved = partial(torch.testing.assert_close, atol=TOLERANCE, rtol=0), []
+    scale = max(1.0, rows[0].abs().max().item())  # Granite multiplies, and with its logits their rounding
+    close, moved = partial(torch.testing.assert_close, atol=TOLERANCE * scale, rtol=0), []
     for ids, got, drawn in zip((IDS[:, -2:-1], IDS[:, -1:]), rows, (noise[: len(routers)], noise[len(routers) :])):
         for row in range(1, n):
             with contextlib.ExitStack() as stack:

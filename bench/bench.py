@@ -99,7 +99,7 @@ def write(folder: Path, layers: int) -> None:
     files = {}  # {file: {tensor name: tensor}}
     for name, weight in model.named_parameters():
         layer = name.split(".")[1] if name.startswith("layers.") else "other"
-        files.setdefault(f"{layer}.safetensors", {})[stored_name(name)] = weight
+        files.setdefault(f"model-{layer}.safetensors", {})[stored_name(name)] = weight
     for file, tensors in files.items():
         save_file(tensors, folder / file, metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": {name: file for file, tensors in files.items() for name in tensors}}

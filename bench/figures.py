@@ -158,6 +158,31 @@ def draw_checkpoints() -> None:
     save(figure, "checkpoints")
 
 
+def draw_sizes() -> None:
+    lines = results("sizes")
+    models = list(latest([line for line in lines if line["what"] == "model"], "size").values())
+    rosters = [line for line in latest([line for line in lines if line["what"] == "rosters"], "rosters").values()]
+    *_, fit = (line for line in lines if line["what"] == "line")
+    figure, ax = plt.subplots(figsize=(6, 3.6))
+    x = [line["active"] / 1e6 for line in models]
+    ax.errorbar(x, [line["loss"] for line in models], [line["error"] for line in models], fmt="o", ms=5, color=GREY)
+    ax.plot(x, [fit["a"] + fit["b"] * math.log(1e6 * p) for p in x], "--", color=GREY, label="one roster, three sizes")
+    (middle,) = (line["active"] / 1e6 for line in models if line["size"] == rosters[0]["size"])
+    losses = [line["loss"] for line in rosters]
+    ax.plot([middle] * len(losses), losses, color=ORANGE, marker="o", ms=4, label="rosters of the middle one")
+    worth, low, high = ([line[key] / 1e6 for line in rosters] for key in ("worth", "low", "high"))
+    spans = [[w - l for w, l in zip(worth, low)], [h - w for w, h in zip(worth, high)]]
+    ax.errorbar(worth[-1:], losses[-1:], xerr=[s[-1:] for s in spans], color=ORANGE, capsize=3, marker="x", ls="none")
+    ax.plot([middle, worth[-1]], losses[-1:] * 2, ":", color=ORANGE)
+    ax.annotate(f"n = {rosters[-1]['rosters']}", (middle, losses[-1]), (-6, 0), textcoords="offset points", ha="right")
+    ax.set_xscale("log")
+    ax.set_xticks(x, [f"{p:.2f} M" for p in x])
+    ax.minorticks_off()
+    ax.set(xlabel="parameters read per token", ylabel="held-out loss, nats per token")
+    ax.legend()
+    save(figure, "sizes")
+
+
 def draw_cost() -> None:
     """Four layers and the head; of several measurements the latest counts."""
     found = defaultdict(dict)  # {(system, method, tokens before): {rosters: line}}

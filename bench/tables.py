@@ -124,6 +124,27 @@ def table_controls_time() -> str:
     return markdown(["rosters", *counts], rows)
 
 
+def table_sizes() -> str:
+    """Three sizes, and the middle one with rosters: loss, and the size that it is worth."""
+    lines = results("sizes")
+    times = latest([line for line in lines if line["what"] == "time"], "size", "rosters")
+    rows = []
+    for line in latest([line for line in lines if line["what"] == "model"], "size").values():
+        ms = times[str(line["size"]), "1"]["ms"]
+        loss = f"{line['loss']:.4f} ± {line['error']:.4f}"
+        rows.append([f"experts of {line['size']}", f"{line['active'] / 1e6:.3f} M", loss, f"{ms:.2f}"])
+    for line in latest([line for line in lines if line["what"] == "rosters"], "rosters").values():
+        if line["rosters"] > 1:
+            ms = times[str(line["size"]), str(line["rosters"])]["ms"]
+            worth, low, high = (f"{line[key] / 1e6:.3f}" for key in ("worth", "low", "high"))
+            name, loss = (
+                f"experts of {line['size']}, n = {line['rosters']}",
+                f"{line['loss']:.4f} ± {line['error']:.4f}",
+            )
+            rows.append([name, f"worth {worth} M ({low} to {high})", loss, f"{ms:.2f}"])
+    return markdown(["model", "parameters read per token", "held-out loss", "milliseconds per token"], rows)
+
+
 def number(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
@@ -189,6 +210,28 @@ def table_prompts(layers: int = 4, torch: str | None = None) -> str:
 def table_decode_embedded() -> str:
     """As `decode`, of the embedded model."""
     return table_decode(0)
+
+
+def table_decode_avx2() -> str:
+    """As `decode`, of three layers, on cores without AVX-512."""
+    return table_decode(3)
+
+
+def table_prompts_avx2() -> str:
+    """As `prompts`, of three layers, on cores without AVX-512."""
+    return table_prompts(3)
+
+
+def table_ports() -> str:
+    """Milliseconds per token of roe.py and of two ports."""
+    found = latest(results("ports"), "system", "history", "rosters")
+    systems, histories, counts = (list(dict.fromkeys(values)) for values in zip(*found))
+    rows = [
+        [f"{system}, after {int(history):,} tokens", *(number(found[system, history, n]["ms"]) for n in counts)]
+        for history in histories
+        for system in systems
+    ]
+    return markdown(["rosters", *counts], rows)
 
 
 def table_vllm() -> str:

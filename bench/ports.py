@@ -1,0 +1,126 @@
+"""What do the ports to transformers and MLX cost beside roe.py? Milliseconds per token, all in one run.
+
+    python bench/ports.py --mlx PYTHON    PYTHON: one with mlx-lm and torch; without it, the others only
+
+One checkpoint of OLMoE-1B-7B's shapes, random, and one prompt, in float32, the one dtype in which MLX runs mixtures on
+CPUs. Each system writes greedily with its own `generate`, in a process of its own; they take turns, and the median of
+the times between two tokens counts. Prints the results, and appends them to bench/results/ports.jsonl.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+from effect import ROOT, where
+
+from bench import OLMOE, TAU, random_tokens, write
+
+sys.path.insert(0, str(ROOT / "ports"))
+STEPS = 24  # tokens to be written, of which the first third does not count
+
+
+def write_with_roe(folder: str, dtype: str):
+    import roe
+    from load import load
+
+    model, _ = load(folder, "cpu", dtype)
+    tau = roe.temperatures(model.config, TAU, skip=0)
+    return lambda tokens, n, seen: [seen() for _ in roe.generate(model, tokens, n, tau, max_new_tokens=STEPS)]
+
+
+def write_with_transformers(folder: str, dtype: str):
+    import torch
+    from roe_transformers import add_roe, generate
+    from transformers import OlmoeForCausalLM
+
+    model = OlmoeForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+
+    def text(tokens, n, seen):
+        add_roe(model, n, TAU, skip=0)
+        streamer = SimpleNamespace(put=lambda _: seen(), end=lambda: None)
+        generate(
+            model, torch.tensor([tokens]), max_new_tokens=STEPS, do_sample=False, pad_token_id=0, streamer=streamer
+        )
+
+    return text
+
+
+def write_with_mlx(folder: str, dtype: str):
+    import mlx.core as mx
+    from mlx_lm.utils import load_model
+    from roe_mlx import add_roe, generate
+
+    model, _ = load_model(Path(folder))
+    model.set_dtype(getattr(mx, dtype))
+    mx.eval(model.parameters())
+
+    def text(tokens, n, seen):
+        add_roe(model, n, TAU, skip=0)
+        return [seen() for _ in generate(model, tokens, STEPS)]
+
+    return text
+
+
+SYSTEMS = {"roe.py": write_with_roe, "transformers": write_with_transformers, "mlx": write_with_mlx}
+
+
+def serve(system: str, folder: str, dtype: str) -> None:
+    """Answers [n, length] with the seconds of each token that counts."""
+    text = SYSTEMS[system](folder, dtype)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        n, length = json.loads(line)
+        times = []
+        text(random_tokens(OLMOE["vocab_size"], length), n, lambda: times.append(time.perf_counter()))
+        times = times[-STEPS:]
+        print(json.dumps([b - a for a, b in zip(times, times[1:])][STEPS // 3 :]), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mlx", metavar="PYTHON", help="an interpreter with mlx-lm")
+    parser.add_argument("--layers", type=int, default=2, help="all of them noisy [2]")
+    parser.add_argument("--dtype", default="float32", help="[float32]")
+    parser.add_argument("--rosters", type=int, nargs="+", default=[1, 8, 32], metavar="N", help="[1 8 32]")
+    parser.add_argument("--history", type=int, nargs="+", default=[32, 2048], metavar="T", help="[32 2048]")
+    parser.add_argument("--repeats", type=int, default=3, help="[3]")
+    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "ports.jsonl", help="appended to")
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        return serve(*args.serve, args.dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder), args.layers)
+        children = {}
+        for system in SYSTEMS:
+            if python := args.mlx if system == "mlx" else sys.executable:
+                command = [python, __file__, "--dtype", args.dtype, "--serve", system, folder]
+                child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+                child.stdout.readline()  # it is ready
+                children[system] = child
+        seconds = {}
+        for _ in range(args.repeats):
+            for length in args.history:
+                for n in args.rosters:
+                    for system, child in children.items():
+                        print(json.dumps([n, length]), file=child.stdin, flush=True)
+                        seconds.setdefault((system, length, n), []).extend(json.loads(child.stdout.readline()))
+        for child in children.values():
+            child.stdin.close()
+            child.wait()
+    for (system, length, n), times in seconds.items():
+        result = {"system": system, "layers": args.layers, "dtype": args.dtype, "history": length, "rosters": n}
+        result["ms"] = 1000 * statistics.median(times)
+        print(f"{system:12}  n = {n:2} after {length:5} tokens  {result['ms']:8.1f} ms", flush=True)
+        with open(args.output, "a") as file:
+            file.write(json.dumps(result | where()) + "\n")
+
+
+if __name__ == "__main__":
+    main()

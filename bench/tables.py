@@ -212,16 +212,6 @@ def table_decode_embedded() -> str:
     return table_decode(0)
 
 
-def table_decode_avx2() -> str:
-    """As `decode`, of three layers, on cores without AVX-512."""
-    return table_decode(3)
-
-
-def table_prompts_avx2() -> str:
-    """As `prompts`, of three layers, on cores without AVX-512."""
-    return table_prompts(3)
-
-
 def table_ports() -> str:
     """Milliseconds per token of roe.py and of two ports."""
     found = latest(results("ports"), "system", "history", "rosters")
@@ -230,6 +220,7 @@ def table_ports() -> str:
         [f"{system}, after {int(history):,} tokens", *(number(found[system, history, n]["ms"]) for n in counts)]
         for history in histories
         for system in systems
+        if (system, history, counts[0]) in found
     ]
     return markdown(["rosters", *counts], rows)
 

@@ -44,7 +44,8 @@ class OLMoE(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        weight = torch.empty(config.vocab_size, config.hidden_size)  # nn.Embedding(V, d) takes a second to draw it
+        # nn.Embedding(V, d) would draw its weight, which on "meta" takes a second of imports.
+        weight = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)

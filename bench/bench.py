@@ -330,9 +330,8 @@ def command(args: argparse.Namespace) -> list[str]:
 class Child:
     """A system in a process of its own; `ask` calls one of its methods."""
 
-    def __init__(self, system: str, args: argparse.Namespace):
-        start = [*command(args), "--serve", system]
-        self.process = subprocess.Popen(start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, command: list[str]):
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.process.stdout.readline()  # it is ready
 
     def ask(self, method: str, **arguments):
@@ -467,7 +466,7 @@ def measure(args: argparse.Namespace) -> None:
     tasks = [{"method": "decode", "n": n, "history": length} for length in history for n in args.rosters]
     tasks += [{"method": "prompt", "n": 1, "length": length} for length in prompts]
 
-    children = {system: Child(system, args) for system in args.systems}
+    children = {system: Child([*command(args), "--serve", system]) for system in args.systems}
     seconds, bandwidth = defaultdict(list), []
     for repeat in range(args.repeats):
         for number, task in enumerate(tasks):
@@ -496,7 +495,7 @@ def measure(args: argparse.Namespace) -> None:
 
     for system, n in itertools.product(args.systems, args.rosters):
         if n == 1 or system != "llama.cpp":
-            child = Child(system, args)
+            child = Child([*command(args), "--serve", system])
             child.ask("decode", n=n, history=history[-1], **VARIANTS[system][0])
             results.append({"system": system, "layers": args.layers, "method": "peak", "n": n, "history": history[-1]})
             results[-1]["bytes"] = child.ask("peak")

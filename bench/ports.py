@@ -10,7 +10,6 @@ the times between two tokens counts. Prints the results, and appends them to ben
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,7 +18,7 @@ from types import SimpleNamespace
 
 from effect import ROOT, where
 
-from bench import OLMOE, TAU, random_tokens, write
+from bench import OLMOE, TAU, Child, random_tokens, write
 
 sys.path.insert(0, str(ROOT / "ports"))
 STEPS = 24  # tokens to be written, of which the first third does not count
@@ -71,13 +70,13 @@ SYSTEMS = {"roe.py": write_with_roe, "transformers": write_with_transformers, "m
 
 
 def serve(system: str, folder: str, dtype: str) -> None:
-    """Answers [n, length] with the seconds of each token that counts."""
+    """The child's side: for n rosters after so many tokens, the seconds of each token that counts."""
     text = SYSTEMS[system](folder, dtype)
     print("ready", flush=True)
     for line in sys.stdin:
-        n, length = json.loads(line)
-        times = []
-        text(random_tokens(OLMOE["vocab_size"], length), n, lambda: times.append(time.perf_counter()))
+        _, task = json.loads(line)
+        times, tokens = [], random_tokens(OLMOE["vocab_size"], task["length"])
+        text(tokens, task["n"], lambda: times.append(time.perf_counter()))
         times = times[-STEPS:]
         print(json.dumps([b - a for a, b in zip(times, times[1:])][STEPS // 3 :]), flush=True)
 
@@ -101,19 +100,16 @@ def main() -> None:
         for system in SYSTEMS:
             if python := args.mlx if system == "mlx" else sys.executable:
                 command = [python, __file__, "--dtype", args.dtype, "--serve", system, folder]
-                child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-                child.stdout.readline()  # it is ready
-                children[system] = child
+                children[system] = Child(command)
         seconds = {}
         for _ in range(args.repeats):
             for length in args.history:
                 for n in args.rosters:
                     for system, child in children.items():
-                        print(json.dumps([n, length]), file=child.stdin, flush=True)
-                        seconds.setdefault((system, length, n), []).extend(json.loads(child.stdout.readline()))
+                        times = child.ask("decode", n=n, length=length)
+                        seconds.setdefault((system, length, n), []).extend(times)
         for child in children.values():
-            child.stdin.close()
-            child.wait()
+            child.close()
     for (system, length, n), times in seconds.items():
         result = {"system": system, "layers": args.layers, "dtype": args.dtype, "history": length, "rosters": n}
         result["ms"] = 1000 * statistics.median(times)

@@ -137,10 +137,8 @@ def table_sizes() -> str:
         if line["rosters"] > 1:
             ms = times[str(line["size"]), str(line["rosters"])]["ms"]
             worth, low, high = (f"{line[key] / 1e6:.3f}" for key in ("worth", "low", "high"))
-            name, loss = (
-                f"experts of {line['size']}, n = {line['rosters']}",
-                f"{line['loss']:.4f} ± {line['error']:.4f}",
-            )
+            name = f"experts of {line['size']}, n = {line['rosters']}"
+            loss = f"{line['loss']:.4f} ± {line['error']:.4f}"
             rows.append([name, f"worth {worth} M ({low} to {high})", loss, f"{ms:.2f}"])
     return markdown(["model", "parameters read per token", "held-out loss", "milliseconds per token"], rows)
 
@@ -213,7 +211,7 @@ def table_decode_embedded() -> str:
 
 
 def table_ports() -> str:
-    """Milliseconds per token of roe.py and of two ports."""
+    """Milliseconds per token of roe.py and of the ports that were measured beside it."""
     found = latest(results("ports"), "system", "history", "rosters")
     systems, histories, counts = (list(dict.fromkeys(values)) for values in zip(*found))
     rows = [

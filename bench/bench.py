@@ -18,6 +18,7 @@ Prints a table and appends one JSON object per result to bench/results/bench.jso
 """
 
 import argparse
+import copy
 import functools
 import itertools
 import json
@@ -384,13 +385,15 @@ def check_tricks() -> None:
     rows = lambda n: random(n, config.hidden_size)
     each = lambda modules, x: [module(x) for module in modules]  # of more memory than caches hold
     tricks = []  # name, plain, trick
-    linear = PackedLinear if packs_on(random(1)) else WideLinear if widens_on(random(1)) else None
-    if linear:
-        linears = [nn.Linear(config.hidden_size, config.intermediate_size, bias=False).bfloat16() for _ in range(64)]
+    wide = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+    for dtype in (torch.bfloat16, torch.float32):
+        plain = copy.deepcopy(wide).to(dtype)
+        linear = PackedLinear if packs_on(plain.weight) else WideLinear if widens_on(plain.weight) else None
+        linears = [copy.deepcopy(plain) for _ in range(64 if linear else 0)]
         others = [linear(plain.weight) for plain in linears]
-        for n in (1, 8, 32) if linear is PackedLinear else (8, 32, 128):
-            x = rows(n)
-            tricks.append((f"{linear.__name__}, {n} rows", lambda x=x: each(linears, x), lambda x=x: each(others, x)))
+        for n in (1, 8, 32) if linear else ():
+            x, name = rows(n).to(dtype), f"{linear.__name__}, {n} rows, {dtype}"
+            tricks.append((name, lambda x=x, l=linears: each(l, x), lambda x=x, l=others: each(l, x)))
     with torch.device("meta"):
         experts = Experts(Expert(config) for _ in range(config.num_experts))
     experts = experts.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)

@@ -62,8 +62,9 @@ def where(device: torch.device | None = None) -> dict:
 
 
 def tuned(weights: str) -> list[float]:
-    """The temperatures that `tune` found for a reading of equation 1."""
-    return [line["tau"] for line in results("tune") if line["weights"] == weights and line["trials"]][-1]
+    """The temperatures that the longest search of `tune` found for a reading of equation 1."""
+    lines = [line for line in results("tune") if line["weights"] == weights]
+    return max(lines, key=lambda line: line["trials"])["tau"]
 
 
 def package_text(files: dict[str, str]) -> tuple[str, str]:
@@ -167,7 +168,7 @@ def loss(model, pieces: list[list[int]]) -> float:
 
 def measure_tune(args: argparse.Namespace) -> Iterator[dict]:
     """Equal searches on the validation text; beside what they find, one temperature for all layers but the ends."""
-    rosters, trials = 16, 50
+    rosters, trials = 16, args.trials
     args.directory.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load(dtype="float32")
     tokens = tokenizer.encode(VALIDATION.read_text(encoding="utf-8")).ids
@@ -255,6 +256,7 @@ def main() -> None:
     add("--every", type=int, default=1, help="the checkpoints' own setting of tiny/train.py --every [1]")
     add("--pieces", type=int, default=12, help="of 512 tokens, evenly spaced over the text [12]")
     add("--weights", nargs="+", default=READINGS, choices=READINGS, help="readings of equation 1 [clean perturbed]")
+    add("--trials", type=int, default=18, help="in each search of tune [18]")
     args = parser.parse_args()
     if (args.what in ("tune", "checkpoints")) != (args.directory is not None):
         parser.error("tune and checkpoints need a directory, and nothing else takes one")

@@ -1,14 +1,18 @@
-"""What do the ports to transformers and MLX cost beside roe.py? Milliseconds per token, all in one run.
+"""What do the ports cost beside roe.py? Milliseconds per token, all in one run.
 
-    python bench/ports.py --mlx PYTHON    PYTHON: one with mlx-lm and torch; without it, the others only
+    python bench/ports.py --mlx PYTHON --vllm PYTHON    interpreters with mlx-lm and torch, and with vLLM and the plugin
+    python bench/ports.py                               roe.py and the port to transformers only
 
 One checkpoint of OLMoE-1B-7B's shapes, random, and one prompt, in float32, the one dtype in which MLX runs mixtures on
-CPUs. Each system writes greedily with its own `generate`, in a process of its own; they take turns, and the median of
-the times between two tokens counts. Prints the results, and appends them to bench/results/ports.jsonl.
+CPUs. Each system writes greedily with its own `generate`, vLLM one request at a time, in a process of its own; they
+take turns, and the median of the times between two tokens counts. Prints the results, and appends them to
+bench/results/ports.jsonl.
 """
 
 import argparse
+import gc
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -66,7 +70,51 @@ def write_with_mlx(folder: str, dtype: str):
     return text
 
 
-SYSTEMS = {"roe.py": write_with_roe, "transformers": write_with_transformers, "mlx": write_with_mlx}
+def write_with_vllm(folder: str, dtype: str):
+    # The engine in this process; and standard output, on which answers go, without its messages.
+    os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"})
+    os.environ.update({"ROE_ROSTERS": "1", "ROE_TAU": str(TAU), "ROE_SKIP": "0"})
+    import vllm
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    if not vllm.ModelRegistry.models["OlmoeForCausalLM"].module_name.endswith("roe_vllm"):
+        sys.exit("vLLM does not find the plugin; install this project beside it (pip install -e .)")
+    engines = {}  # of one number of rosters, for which it was made
+
+    def text(tokens, n, seen):
+        if n not in engines:
+            engines.clear()
+            gc.collect()
+            cleanup_dist_env_and_memory()
+            os.environ["ROE_ROSTERS"] = str(n)
+            engines[n] = vllm.LLM(
+                folder,
+                dtype=dtype,
+                hf_overrides={"architectures": ["OlmoeForCausalLM"]},
+                skip_tokenizer_init=True,
+                enforce_eager=True,
+                enable_prefix_caching=False,
+                max_num_seqs=1,
+                max_model_len=4096,
+                kv_cache_memory_bytes=2**30,
+            ).llm_engine
+        params = vllm.SamplingParams(temperature=0, max_tokens=STEPS, ignore_eos=True, detokenize=False)
+        engines[n].add_request("0", {"prompt_token_ids": tokens}, params)
+        while engines[n].has_unfinished_requests():
+            engines[n].step()
+            seen()
+
+    return text
+
+
+SYSTEMS = {
+    "roe.py": write_with_roe,
+    "transformers": write_with_transformers,
+    "mlx": write_with_mlx,
+    "vllm": write_with_vllm,
+}
 
 
 def serve(system: str, folder: str, dtype: str) -> None:
@@ -84,7 +132,8 @@ def serve(system: str, folder: str, dtype: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mlx", metavar="PYTHON", help="an interpreter with mlx-lm")
-    parser.add_argument("--layers", type=int, default=2, help="all of them noisy [2]")
+    parser.add_argument("--vllm", metavar="PYTHON", help="an interpreter with vLLM and this project")
+    parser.add_argument("--layers", type=int, default=1, help="all of them noisy [1]")
     parser.add_argument("--dtype", default="float32", help="[float32]")
     parser.add_argument("--rosters", type=int, nargs="+", default=[1, 8, 32], metavar="N", help="[1 8 32]")
     parser.add_argument("--history", type=int, nargs="+", default=[32, 2048], metavar="T", help="[32 2048]")
@@ -98,13 +147,13 @@ def main() -> None:
         write(Path(folder), args.layers)
         children = {}
         for system in SYSTEMS:
-            if python := args.mlx if system == "mlx" else sys.executable:
+            if python := {"mlx": args.mlx, "vllm": args.vllm}.get(system, sys.executable):
                 command = [python, __file__, "--dtype", args.dtype, "--serve", system, folder]
                 children[system] = Child(command)
         seconds = {}
         for _ in range(args.repeats):
-            for length in args.history:
-                for n in args.rosters:
+            for n in args.rosters:
+                for length in args.history:
                     for system, child in children.items():
                         times = child.ask("decode", n=n, length=length)
                         seconds.setdefault((system, length, n), []).extend(times)

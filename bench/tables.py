@@ -46,19 +46,19 @@ def percents(line: dict) -> str:
 
 def table_tune() -> str:
     """Perplexity of the validation text."""
-    name = lambda line: "tuned" if line["trials"] else f"τ = {line['tau']}"
+    name = lambda line: f"{line['trials']} trials" if line["trials"] else f"τ = {line['tau']}"
     found = {(line["weights"], name(line)): f"{line['perplexity']:.3f} ({percent(line)})" for line in results("tune")}
-    names = list(dict.fromkeys(name for _, name in found))
+    names = sorted({name for _, name in found})
     rows = [[label, *(found.get((weights, name), "") for name in names)] for weights, label in READINGS.items()]
     return markdown(["weights", *names], rows)
 
 
 def table_tuned() -> str:
     """The temperatures found, by layer."""
-    found = latest([line for line in results("tune") if line["trials"]], "weights")
+    found = latest([line for line in results("tune") if line["trials"]], "weights", "trials")
     layers = range(len(next(iter(found.values()))["tau"]))
-    rows = [[READINGS[weights], *(f"{tau:.3f}" for tau in line["tau"])] for (weights,), line in found.items()]
-    return markdown(["weights", *(f"layer {i}" for i in layers)], rows)
+    rows = [[READINGS[key], n, *(f"{tau:.3f}" for tau in found[key, n]["tau"])] for key, n in sorted(found)]
+    return markdown(["weights", "trials", *(f"layer {i}" for i in layers)], rows)
 
 
 def table_rosters() -> str:

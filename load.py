@@ -84,15 +84,15 @@ def load(
     places = [(part_of(name), name, i) for i, shard in enumerate(shards) for name in shard.keys()]
     with tqdm(total=len(places), desc="loading", unit="tensor", leave=False, delay=1, disable=None) as progress:
         for part, group in groupby(sorted(places, reverse=True), key=lambda place: place[0]):
-            state = {}
+            state, module, prefix = {}, model.get_submodule(part), f"model.{part}." if part else "model."
             for _, stored_as, i in group:
                 for name, tensor in one_by_one(stored_as, shards[i].get_tensor(stored_as)):
-                    state[name.removeprefix("model.")] = tensor.to(device, dtype)
+                    state[name.removeprefix(prefix)] = tensor.to(device, dtype)
                 progress.update()
-            model.load_state_dict(state, strict=False, assign=True)
+            module.load_state_dict(state, strict=False, assign=True)  # of the whole model it would visit every expert
             del state, tensor
             if fast:
-                speed_up(model.get_submodule(part))
+                speed_up(module)
     return model, tokenizer
 
 

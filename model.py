@@ -261,8 +261,8 @@ class WideLinear(nn.Module):
     """`nn.Linear` on CPUs that multiply in float32 only.
 
     PyTorch converts a weight in half precision anew for every row; this one does so once, for 2^20 values at a time,
-    which fit into a cache: 1.9 times as fast for 8 rows, 3.9 times for 32. A large weight in float32 only gets another
-    product: 1.2 times as fast for one row, 1.6 times for 8.
+    which fit into a cache: 1.3 times as fast for 8 rows, 3 times for 32. A large weight in float32 only gets another
+    product: 1.3 times as fast for one row, 1.5 times for 8.
     """
 
     def __init__(self, weight: Tensor):
@@ -356,7 +356,7 @@ def attend_by_head(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor,
 def attend_widely(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: Tensor) -> Tensor:
     """`attend` on CPUs that multiply in float32 only; from half precision, keys and values are converted once.
 
-    54 times as fast for a prompt of 2,048 tokens; after as many, 3 times for one row, 5 times for 8, 13 times for 32.
+    54 times as fast for a prompt of 2,048 tokens; after as many, 3 times for one row, 4 times for 8, 13 times for 32.
     """
     (n, H, T, D), (_, Hk, S, _) = q.shape, shared_k.shape
     if n * T > 1:

@@ -423,7 +423,7 @@ def check_tricks() -> None:
     for name, *forms in tricks:
         times, begin = {form: [] for form in forms}, time.perf_counter()
         for repeat in range(16):
-            if repeat > 2 and time.perf_counter() - begin > 6:  # seconds
+            if repeat > 2 and time.perf_counter() - begin > 4:  # seconds
                 break
             for form in forms:
                 start = time.perf_counter()

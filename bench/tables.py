@@ -210,6 +210,15 @@ def table_decode_embedded() -> str:
     return table_decode(0)
 
 
+def table_decode_avx2() -> str:
+    """As `decode`, on a processor without bfloat16, where three layers were measured."""
+    return table_decode(3)
+
+
+def table_prompts_avx2() -> str:
+    return table_prompts(3)
+
+
 def table_ports() -> str:
     """Milliseconds per token of roe.py and of the ports that were measured beside it."""
     found = latest(results("ports"), "system", "history", "rosters")

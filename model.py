@@ -262,7 +262,7 @@ class WideLinear(nn.Module):
 
     PyTorch converts a weight in half precision anew for every row; this one does so once, for 2^20 values at a time,
     which fit into a cache: 1.3 times as fast for 8 rows, 3 times for 32. A large weight in float32 only gets another
-    product: 1.3 times as fast for one row, 1.5 times for 8.
+    product: 1.3 times as fast for one row, 1.5 times for 8. Below 4 rows of half precision it is `nn.Linear`.
     """
 
     def __init__(self, weight: Tensor):
@@ -274,7 +274,7 @@ class WideLinear(nn.Module):
             return multiply(x, self.weight)
         if x[..., 0].numel() < 4:
             return F.linear(x, self.weight)
-        wide, parts = x.float(), self.weight.split(2**20 // x.shape[-1])
+        wide, parts = x.float(), self.weight.split(max(1, 2**20 // x.shape[-1]))
         return torch.cat([multiply(wide, part.float()) for part in parts], -1).to(x.dtype)
 
 

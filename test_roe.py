@@ -1198,9 +1198,7 @@ def test_as_a_program():
     """A fresh interpreter: text streams while it is generated, and Ctrl-C ends it without a traceback."""
     command = [sys.executable, ROOT / "roe.py", "--prompt", "import ", "--max-new-tokens", "400"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout.read(1)
-        time.sleep(0.2)
-        assert process.poll() is None
+        assert process.stdout.read(100) and process.poll() is None  # some tokens, of which a speed can be told
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 0 and err.count(b"\n") == 1 and b"tokens/s" in err

@@ -333,7 +333,8 @@ class Child:
 
     def __init__(self, command: list[str]):
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.process.stdout.readline()  # it is ready
+        if not self.process.stdout.readline():  # else it is ready
+            sys.exit(f"{' '.join(command)} ended; above it says why")
 
     def ask(self, method: str, **arguments):
         print(json.dumps([method, arguments]), file=self.process.stdin, flush=True)

@@ -4,9 +4,9 @@
     python bench/ports.py                               roe.py and the port to transformers only
 
 One checkpoint of OLMoE-1B-7B's shapes, random, and one prompt, in float32, the one dtype in which MLX runs mixtures on
-CPUs. Each system writes greedily with its own `generate`, vLLM one request at a time, in a process of its own; they
-take turns, and the median of the times between two tokens counts. Prints the results, and appends them to
-bench/results/ports.jsonl.
+CPUs. Each system runs in a process of its own and writes greedily with its own `generate`, vLLM by its engine, one
+request at a time; they take turns, and the median of the times between two tokens counts. Prints the results, and
+appends them to bench/results/ports.jsonl.
 """
 
 import argparse
@@ -118,7 +118,7 @@ SYSTEMS = {
 
 
 def serve(system: str, folder: str, dtype: str) -> None:
-    """The child's side: for n rosters after so many tokens, the seconds of each token that counts."""
+    """The child's side: for n rosters after so many tokens, the seconds of each token that counts, and `where`."""
     text = SYSTEMS[system](folder, dtype)
     print("ready", flush=True)
     for line in sys.stdin:
@@ -126,12 +126,12 @@ def serve(system: str, folder: str, dtype: str) -> None:
         times, tokens = [], random_tokens(OLMOE["vocab_size"], task["length"])
         text(tokens, task["n"], lambda: times.append(time.perf_counter()))
         times = times[-STEPS:]
-        print(json.dumps([b - a for a, b in zip(times, times[1:])][STEPS // 3 :]), flush=True)
+        print(json.dumps([[b - a for a, b in zip(times, times[1:])][STEPS // 3 :], where()]), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mlx", metavar="PYTHON", help="an interpreter with mlx-lm")
+    parser.add_argument("--mlx", metavar="PYTHON", help="an interpreter with mlx-lm, torch, safetensors and tokenizers")
     parser.add_argument("--vllm", metavar="PYTHON", help="an interpreter with vLLM and this project")
     parser.add_argument("--layers", type=int, default=1, help="all of them noisy [1]")
     parser.add_argument("--dtype", default="float32", help="[float32]")
@@ -150,12 +150,12 @@ def main() -> None:
             if python := {"mlx": args.mlx, "vllm": args.vllm}.get(system, sys.executable):
                 command = [python, __file__, "--dtype", args.dtype, "--serve", system, folder]
                 children[system] = Child(command)
-        seconds = {}
+        seconds, places = {}, {}
         for _ in range(args.repeats):
             for n in args.rosters:
                 for length in args.history:
                     for system, child in children.items():
-                        times = child.ask("decode", n=n, length=length)
+                        times, places[system] = child.ask("decode", n=n, length=length)
                         seconds.setdefault((system, length, n), []).extend(times)
         for child in children.values():
             child.close()
@@ -164,7 +164,7 @@ def main() -> None:
         result["ms"] = 1000 * statistics.median(times)
         print(f"{system:12}  n = {n:2} after {length:5} tokens  {result['ms']:8.1f} ms", flush=True)
         with open(args.output, "a") as file:
-            file.write(json.dumps(result | where()) + "\n")
+            file.write(json.dumps(result | places[system]) + "\n")
 
 
 if __name__ == "__main__":

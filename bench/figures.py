@@ -70,7 +70,8 @@ def draw_rosters() -> None:
     left.set_xticks([1, 2, 4, 8, 16, 32], [1, 2, 4, 8, 16, 32])
     left.set(xlabel="rosters n", ylabel="change of perplexity, %", title="held-out modules, tuned τ")
     left.legend()
-    searches = sorted((line for line in results("tune") if line["trials"]), key=lambda line: line["trials"])
+    searches = [line for line in results("tune") if line["trials"]]
+    searches.sort(key=lambda line: (line["weights"], line["trials"]))
     for (weights,), line in latest(searches, "weights").items():  # the longest search of each
         _, colour = READINGS[weights]
         right.plot(range(len(line["tau"])), line["tau"], color=colour, marker="o", ms=4)

@@ -386,9 +386,8 @@ def check_tricks() -> None:
     rows = lambda n: random(n, config.hidden_size)
     each = lambda modules, x: [module(x) for module in modules]  # of more memory than caches hold
     tricks = []  # name, plain, trick
-    wide = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
     for dtype in (torch.bfloat16, torch.float32):
-        plain = copy.deepcopy(wide).to(dtype)
+        plain = nn.Linear(config.hidden_size, config.intermediate_size, bias=False, dtype=dtype)
         linear = PackedLinear if packs_on(plain.weight) else WideLinear if widens_on(plain.weight) else None
         linears = [copy.deepcopy(plain) for _ in range(64 if linear else 0)]
         others = [linear(plain.weight) for plain in linears]

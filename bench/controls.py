@@ -19,7 +19,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from effect import BLOCK, RESULTS, ROSTERS, Softened, changes, softening, texts, tuned, where
+from effect import BLOCK, RESULTS, ROSTERS, Softened, changes, softening, texts, where
+from tables import tuned
 from torch import Tensor
 
 import bench

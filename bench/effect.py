@@ -30,7 +30,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
 import train
-from tables import RESULTS, results
+from tables import RESULTS, tuned
 
 import roe
 from load import EMBEDDED, load
@@ -59,12 +59,6 @@ def where(device: torch.device | None = None) -> dict:
         names = [line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")]
         machine = f"{torch.get_num_threads()} threads of {(names or [platform.processor()])[0]}"
     return {"machine": machine, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
-
-
-def tuned(weights: str) -> list[float]:
-    """The temperatures that the longest search of `tune` found for a reading of equation 1."""
-    lines = [line for line in results("tune") if line["weights"] == weights]
-    return max(lines, key=lambda line: line["trials"])["tau"]
 
 
 def package_text(files: dict[str, str]) -> tuple[str, str]:

@@ -20,7 +20,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.text import Text
-from tables import latest, results
+from tables import latest, results, tuned
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "bench" / "figures"
@@ -70,11 +70,8 @@ def draw_rosters() -> None:
     left.set_xticks([1, 2, 4, 8, 16, 32], [1, 2, 4, 8, 16, 32])
     left.set(xlabel="rosters n", ylabel="change of perplexity, %", title="held-out modules, tuned τ")
     left.legend()
-    searches = [line for line in results("tune") if line["trials"]]
-    searches.sort(key=lambda line: (line["weights"], line["trials"]))
-    for (weights,), line in latest(searches, "weights").items():  # the longest search of each
-        _, colour = READINGS[weights]
-        right.plot(range(len(line["tau"])), line["tau"], color=colour, marker="o", ms=4)
+    for weights, (_, colour) in READINGS.items():
+        right.plot(tuned(weights), color=colour, marker="o", ms=4)
     right.set(xlabel="layer", ylabel="tuned τ", ylim=(0, 0.55))
     save(figure, "rosters")
 
@@ -163,20 +160,21 @@ def draw_checkpoints() -> None:
 def draw_sizes() -> None:
     lines = results("sizes")
     models = list(latest([line for line in lines if line["what"] == "model"], "size").values())
-    rosters = [line for line in latest([line for line in lines if line["what"] == "rosters"], "rosters").values()]
+    rosters = list(latest([line for line in lines if line["what"] == "rosters"], "rosters").values())
     *_, fit = (line for line in lines if line["what"] == "line")
     figure, ax = plt.subplots(figsize=(6, 3.6))
     x = [line["active"] / 1e6 for line in models]
     ax.errorbar(x, [line["loss"] for line in models], [line["error"] for line in models], fmt="o", ms=5, color=GREY)
     ax.plot(x, [fit["a"] + fit["b"] * math.log(1e6 * p) for p in x], "--", color=GREY, label="one roster, three sizes")
     (middle,) = (line["active"] / 1e6 for line in models if line["size"] == rosters[0]["size"])
-    losses = [line["loss"] for line in rosters]
+    losses, last = [line["loss"] for line in rosters], rosters[-1]
     ax.plot([middle] * len(losses), losses, color=ORANGE, marker="o", ms=4, label="rosters of the middle one")
-    worth, low, high = ([line[key] / 1e6 for line in rosters] for key in ("worth", "low", "high"))
-    spans = [[w - l for w, l in zip(worth, low)], [h - w for w, h in zip(worth, high)]]
-    ax.errorbar(worth[-1:], losses[-1:], xerr=[s[-1:] for s in spans], color=ORANGE, capsize=3, marker="x", ls="none")
-    ax.plot([middle, worth[-1]], losses[-1:] * 2, ":", color=ORANGE)
-    ax.annotate(f"n = {rosters[-1]['rosters']}", (middle, losses[-1]), (-6, 0), textcoords="offset points", ha="right")
+    worth, low, high = (last[key] / 1e6 for key in ("worth", "low", "high"))
+    ax.errorbar(
+        worth, last["loss"], xerr=[[worth - low], [high - worth]], color=ORANGE, capsize=3, marker="x", ls="none"
+    )
+    ax.plot([middle, worth], [last["loss"]] * 2, ":", color=ORANGE)
+    ax.annotate(f"n = {last['rosters']}", (middle, last["loss"]), (-6, 0), textcoords="offset points", ha="right")
     ax.set_xscale("log")
     ax.set_xticks(x, [f"{p:.2f} M" for p in x])
     ax.minorticks_off()

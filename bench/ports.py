@@ -10,7 +10,6 @@ appends them to bench/results/ports.jsonl.
 """
 
 import argparse
-import gc
 import json
 import os
 import statistics
@@ -71,31 +70,20 @@ def write_with_mlx(folder: str, dtype: str):
 
 
 def write_with_vllm(folder: str, dtype: str):
-    # The engine in this process; and standard output, on which answers go, without its messages.
-    os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"})
-    os.environ.update({"ROE_ROSTERS": "1", "ROE_TAU": str(TAU), "ROE_SKIP": "0"})
-    import vllm
-    from vllm.distributed import cleanup_dist_env_and_memory
-    from vllm.plugins import load_general_plugins
+    os.environ["ROE_SKIP"] = "0"
+    from vllm_rosters import engine, vllm  # at τ = 0.3; no messages on standard output, where answers go
 
-    load_general_plugins()
-    if not vllm.ModelRegistry.models["OlmoeForCausalLM"].module_name.endswith("roe_vllm"):
-        sys.exit("vLLM does not find the plugin; install this project beside it (pip install -e .)")
     engines = {}  # of one number of rosters, for which it was made
 
     def text(tokens, n, seen):
         if n not in engines:
             engines.clear()
-            gc.collect()
-            cleanup_dist_env_and_memory()
-            os.environ["ROE_ROSTERS"] = str(n)
-            engines[n] = vllm.LLM(
-                folder,
+            engines[n] = engine(
+                n,
+                model=folder,
                 dtype=dtype,
                 hf_overrides={"architectures": ["OlmoeForCausalLM"]},
-                skip_tokenizer_init=True,
                 enforce_eager=True,
-                enable_prefix_caching=False,
                 max_num_seqs=1,
                 max_model_len=4096,
                 kv_cache_memory_bytes=2**30,

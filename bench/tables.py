@@ -39,6 +39,12 @@ def percent(line: dict, key: str = "change", error: str = "error") -> str:
     return f"{100 * line[key]:+.2f} ± {100 * line[error]:.2f}"
 
 
+def tuned(weights: str) -> list[float]:
+    """The temperatures that the longest search of `effect.py tune` found for a reading of equation 1."""
+    lines = [line for line in results("tune") if line["weights"] == weights]
+    return max(lines, key=lambda line: line["trials"])["tau"]
+
+
 def percents(line: dict) -> str:
     """A change, and in brackets what is left of it when both sides get the softmax temperature that suits them best."""
     return f"{percent(line)} ({100 * line['softened']:+.2f})"
@@ -227,7 +233,6 @@ def table_ports() -> str:
         [f"{system}, after {int(history):,} tokens", *(number(found[system, history, n]["ms"]) for n in counts)]
         for history in histories
         for system in systems
-        if (system, history, counts[0]) in found
     ]
     return markdown(["rosters", *counts], rows)
 

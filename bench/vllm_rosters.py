@@ -13,6 +13,7 @@ import gc
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -29,6 +30,17 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.plugins import load_general_plugins
 
 STEPS = 16
+
+
+def engine(n: int, **options) -> vllm.LLM:
+    """With n rosters and without a prefix cache; an earlier one must be forgotten by then, and its memory is freed."""
+    load_general_plugins()
+    if not vllm.ModelRegistry.models["OlmoeForCausalLM"].module_name.endswith("roe_vllm"):
+        sys.exit("vLLM does not find the plugin; install this project beside it (pip install -e .)")
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    os.environ["ROE_ROSTERS"] = str(n)
+    return vllm.LLM(**options, skip_tokenizer_init=True, enable_prefix_caching=False)
 
 
 def steps(llm: vllm.LLM, requests: int) -> list[float]:
@@ -54,22 +66,17 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="as vLLM compiles by default, instead of eagerly")
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "vllm.jsonl", help="appended to")
     args = parser.parse_args()
-    load_general_plugins()
-    if not vllm.ModelRegistry.models["OlmoeForCausalLM"].module_name.endswith("roe_vllm"):
-        parser.error("vLLM does not find the plugin; install this project beside it (pip install -e .)")
     with tempfile.TemporaryDirectory() as folder:
         options = dict(model=str(ROOT / "tiny"))
         if args.layers:
             write(Path(folder), args.layers)
             options = dict(model=folder, hf_overrides={"architectures": ["OlmoeForCausalLM"]})
         for n in args.rosters:
-            os.environ["ROE_ROSTERS"] = str(n)
-            llm = vllm.LLM(
+            llm = engine(
+                n,
                 **options,
                 dtype="bfloat16",
-                skip_tokenizer_init=True,
                 enforce_eager=not args.compile,
-                enable_prefix_caching=False,
                 max_num_seqs=max(args.requests),
                 max_model_len=256,
                 gpu_memory_utilization=0.3,
@@ -89,8 +96,6 @@ def main() -> None:
                 with args.output.open("a") as file:
                     file.write(json.dumps(result | where() | {"vllm": vllm.__version__}) + "\n")
             del llm
-            gc.collect()
-            cleanup_dist_env_and_memory()
 
 
 if __name__ == "__main__":

@@ -46,15 +46,16 @@ from cache import SharedCache
 from load import EMBEDDED, load, stored_name
 from model import (
     Config,
-    DirectExperts,
     Expert,
     Experts,
+    MergedExpert,
     Norm,
     OLMoE,
     PackedLinear,
+    SortedExperts,
     WideLinear,
     attend,
-    attend_by_head,
+    attend_in_blocks,
     attend_widely,
     packs_on,
     speed_up,
@@ -399,10 +400,17 @@ def check_tricks() -> None:
     experts = experts.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
     for p in experts.parameters():
         p.normal_(std=0.02)
-    speed_up(experts)
-    direct, (weights, indices) = DirectExperts(experts), torch.rand(1, 1, config.num_experts).topk(8)
-    args = rows(1)[None], weights.bfloat16(), indices
-    tricks.append(("DirectExperts, 1 row", lambda: experts(*args), lambda: direct(*args)))
+    merged = Experts(MergedExpert(expert) for expert in experts)
+    for expert in (*experts, *merged):
+        speed_up(expert)
+    for n in (1, 8, 32):
+        x = rows(n)
+        tricks.append((f"MergedExpert, {n} rows", lambda x=x: each(experts, x), lambda x=x: each(merged, x)))
+    ordered = SortedExperts(merged)
+    for n in (1, 8, 256):
+        weights, indices = torch.rand(n, 1, config.num_experts).topk(config.num_experts_per_tok)
+        args = rows(n)[:, None], weights.bfloat16(), indices
+        tricks.append((f"SortedExperts, {n} rows", lambda args=args: merged(*args), lambda args=args: ordered(*args)))
     norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps).bfloat16()
     quick = Norm(norm)
     for n in (1, 512):
@@ -410,15 +418,17 @@ def check_tricks() -> None:
         many = range(32)  # of one call alone, a pause would be all that is seen
         tricks.append((f"Norm, {n} rows", lambda x=x: [norm(x) for _ in many], lambda x=x: [quick(x) for _ in many]))
     H, D = config.num_attention_heads, config.head_dim
-    other = attend_widely if widens_on(random(1)) else attend_by_head
-    for n, T, S in ((1, 2048, 2048), (1, 1, 32), (1, 1, 2048), (8, 1, 2048), (32, 1, 2048)):
+    quicker = attend_widely if widens_on(random(1)) else attend_in_blocks
+    cases = [(1, 2048, 2048), (1, 1, 32), (1, 1, 2048)]
+    cases += [(8, 1, 2048), (32, 1, 2048)] * (quicker is attend_widely)  # the other one leaves these to `attend`
+    for n, T, S in cases:
         # Of more memory than caches hold; and with room for more, since keys that fill it are read faster.
         shared = [random(1, H, S + 100, D)[:, :, :S] for _ in range(16 if T == 1 else 2)]
         own, pairs = random(n, H, T, int(n > 1), D), list(zip(shared[::2], shared[1::2]))
         q = random(n, H, T, D)
         step = lambda attend, q=q, own=own, pairs=pairs: [attend(q, k, v, own, own) for k, v in pairs]
         what = f"a prompt of {T}" if T > 1 else f"{n} rows after {S} tokens"
-        tricks.append((f"{other.__name__}, {what}", lambda s=step: s(attend), lambda s=step: s(other)))
+        tricks.append((f"{quicker.__name__}, {what}", lambda s=step: s(attend), lambda s=step: s(quicker)))
     print(f"torch {torch.__version__}: times as fast as the plain code")
     for name, *forms in tricks:
         times, begin = {form: [] for form in forms}, time.perf_counter()

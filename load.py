@@ -89,10 +89,12 @@ def load(
                 for name, tensor in one_by_one(stored_as, shards[i].get_tensor(stored_as)):
                     state[name.removeprefix(prefix)] = tensor.to(device, dtype)
                 progress.update()
-            module.load_state_dict(state, strict=False, assign=True)  # a whole model's would visit every module
+            module.load_state_dict(state, strict=False, assign=True)  # of the whole model it would visit every expert
             del state, tensor
-            if fast:
-                speed_up(module)
+            if fast and part:
+                model.set_submodule(part, speed_up(module))
+    if fast:
+        speed_up(model)
     return model, tokenizer
 
 
@@ -106,8 +108,8 @@ def describe(source: str | Path | None = None, device: str = "auto") -> tuple[Pa
 
 
 def part_of(name: str) -> str:
-    """The part of the model that is made fast once its tensors are there: the layer of this one, or "", the rest."""
-    part = re.match(r"model\.(layers\.\d+)\.", name)
+    """The part of the model that is made fast once a tensor of that name is there: its expert, or "", all the rest."""
+    part = re.match(r"model\.(layers\.\d+\.mlp\.experts(\.\d+)?)\.", name)
     return part[1] if part else ""
 
 

@@ -796,6 +796,10 @@ def test_experts(dtype, atol):
         torch.testing.assert_close(form(x, weights, indices).double(), expected, rtol=0, atol=atol)
         one = form(x[1:2, :1], weights[1:2, :1], indices[1:2, :1])
         torch.testing.assert_close(one.double(), expected[1:2, :1], rtol=0, atol=atol)
+    x, (weights, indices) = torch.randn(1, 33000, 64).to(dtype), torch.rand(1, 33000, 5).topk(2)  # too many for a copy
+    expected = exact(x.double(), weights.double(), indices)
+    many = SortedExperts(merged)(x, weights.to(dtype), indices)
+    torch.testing.assert_close(many.double(), expected, rtol=0, atol=3 * atol)  # the worst of two million
 
 
 def test_embedded_model_writes_what_it_wrote(embedded):

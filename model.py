@@ -212,7 +212,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def speed_up(module: nn.Module) -> nn.Module:
     """Switches on every trick for the device and dtype of a model, or of a part. For inference only.
 
-    In bfloat16 on a CPU the matrices are packed: they cannot be moved, converted or copied any more.
+    On a CPU matrices are packed: they cannot be moved, converted or copied any more.
 
     Returns:
         what takes the place of `module`: the model itself, or what a part has become.
@@ -234,17 +234,18 @@ def speed_up(module: nn.Module) -> nn.Module:
 
 
 def packs_on(weight: Tensor) -> bool:
-    """Whether `PackedLinear` works here: PyTorch does not document its operators, and may lose them."""
-    if weight.dtype != torch.bfloat16 or not weight.is_cpu:
+    """Whether `PackedLinear` pays, and works: PyTorch does not document its operators, and may lose them."""
+    large = weight.dtype == torch.float32 and weight.numel() >= 2**19  # MKL is as fast with small ones
+    if not weight.is_cpu or not (large or weight.dtype == torch.bfloat16):
         return False
     try:
         return PackedLinear(weight.new_ones(8, 8))(weight.new_ones(1, 8)).sum().item() == 64
-    except (AttributeError, RuntimeError):
+    except (AttributeError, RuntimeError):  # as with bfloat16 where the CPU has no instructions for it
         return False
 
 
 class PackedLinear(nn.Module):
-    """`nn.Linear` in bfloat16 on CPUs: 1.3 to 1.9 times as fast with 8 rows, 1.3 to 1.5 times with 32.
+    """`nn.Linear` on CPUs: 1.3 to 1.9 times as fast with 8 rows, 1.3 to 1.5 times with 32; in float32 2 times or more.
 
     Its weight is arranged once as oneDNN multiplies it, which would otherwise do so for every product.
     `weight.to_dense()` gives the matrix back.
@@ -260,18 +261,17 @@ class PackedLinear(nn.Module):
 
 
 def widens_on(weight: Tensor) -> bool:
-    """Whether `WideLinear` pays: on CPUs without instructions for half precision, as most are."""
+    """Whether `WideLinear` pays: in half precision on CPUs without instructions for it, as most are."""
     half = "fp16" if weight.dtype == torch.float16 else "bf16"
     has_half = getattr(torch.ops.mkldnn, f"_is_mkldnn_{half}_supported", bool)()
-    return weight.is_cpu and not has_half and (weight.itemsize == 2 or weight.numel() >= 2**19)
+    return weight.is_cpu and weight.itemsize == 2 and not has_half
 
 
 class WideLinear(nn.Module):
-    """`nn.Linear` on CPUs that multiply in float32 only.
+    """`nn.Linear` in half precision on CPUs that multiply in float32 only.
 
     PyTorch converts a weight in half precision anew for every row; this one does so once, for 2^20 values at a time,
-    which fit into a cache: 1.3 times as fast for 8 rows, 3 times for 32. A large weight in float32 only gets another
-    product: 1.3 times as fast for one row, 1.5 times for 8. Below 4 rows of half precision it is `nn.Linear`.
+    which fit into a cache: 1.3 times as fast for 8 rows, 3 times for 32. Below 4 rows it is `nn.Linear`.
     """
 
     def __init__(self, weight: Tensor):
@@ -279,8 +279,6 @@ class WideLinear(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32:
-            return multiply(x, self.weight)
         if x[..., 0].numel() < 4:
             return F.linear(x, self.weight)
         wide, parts = x.float(), self.weight.split(max(1, 2**20 // x.shape[-1]))
@@ -397,7 +395,7 @@ def attend_widely(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, 
     60 times as fast for a prompt of 2,048 tokens; after as many, 3 times for one row, 7 times for 8, 14 times for 32.
     """
     (n, H, T, D), (_, Hk, S, _) = q.shape, shared_k.shape
-    if q.dtype == torch.float32 or n * T > 1:
+    if n * T > 1:
         return attend_in_blocks(*(part.float() for part in (q, shared_k, shared_v, own_k, own_v))).to(q.dtype)
     if S < 256:
         return F.scaled_dot_product_attention(q, shared_k, shared_v, enable_gqa=True)

@@ -131,17 +131,17 @@ def attend(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: 
     Args:
         q: queries [n, H, T, D]; the result has their shape.
         shared_k, shared_v: [1, Hk, S, D]. The last query sees all S positions, each earlier one sees one fewer.
-        own_k, own_v: [n, Hk, T, C, D], C positions for each query; none for one row, which finds its own in the shared.
+        own_k, own_v: [n, Hk, T, C, D], C positions for each query. For one row C is 0: its own are among the shared.
     """
     (n, H, T, D), (_, Hk, S, _) = q.shape, shared_k.shape
     g = H // Hk  # query heads that share a key-value head
-    q = q.view(n, Hk, g, T, D).transpose(2, 3) * D**-0.5
-    # One product for all n rosters, so that the shared history is read once and never copied. Keys times queries is
-    # faster than queries times keys, of which there are few.
-    shared = shared_k[0] @ q.transpose(0, 1).reshape(Hk, -1, D).mT  # [Hk, S, n * T * g]
-    shared = shared.mT.view(Hk, n, T, g, S).transpose(0, 1)
+    q = q.view(n, Hk, g, T, D).transpose(2, 3) * D**-0.5  # [n, Hk, T, g, D]
+    # One product for all n rosters reads the shared history once, without a copy. Queries are few, so that keys times
+    # queries, transposed afterwards, is faster than queries times keys.
+    queries = q.transpose(0, 1).reshape(Hk, n * T * g, D)
+    shared = (shared_k[0] @ queries.mT).mT.view(Hk, n, T, g, S).transpose(0, 1)  # [n, Hk, T, g, S]
     if T > 1:
-        later = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
+        later = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)  # keys that come after a query
         shared = shared.masked_fill(later[:, None], -torch.inf)
     own = q @ own_k.mT  # [n, Hk, T, g, C]
     probs = torch.cat((shared, own), -1).softmax(-1)
@@ -205,14 +205,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # ======== What follows changes only speed and rounding; skip it on first reading =====================================
 #
 # Each trick replaces a part of the model behind the same signature. Its comment says what it buys: how many times as
-# fast it is, as `python bench/bench.py --check` measured it with torch 2.15 on two cores: with bfloat16 instructions
-# (AVX-512), or without where it says so.
+# fast it is, as `python bench/bench.py --check` measured it with torch 2.15 on two cores with AVX-512, or held to AVX2
+# where it says so. On GPUs nothing was measured.
 
 
 def speed_up(module: nn.Module) -> nn.Module:
     """Switches on every trick for the device and dtype of a model, or of a part. For inference only.
 
-    On a CPU large matrices are packed: they cannot be moved, converted or copied any more.
+    On a CPU matrices are packed, all in bfloat16 and large ones in float32: they cannot be moved, converted or copied
+    any more. Parameters lose the names that they have in checkpoints.
 
     Returns:
         what takes the place of `module`: the model itself, or what a part has become.
@@ -234,21 +235,21 @@ def speed_up(module: nn.Module) -> nn.Module:
 
 
 def packs_on(weight: Tensor) -> bool:
-    """Whether `PackedLinear` pays, and works: PyTorch does not document its operators, and may lose them."""
+    """Whether `PackedLinear` pays, and works: PyTorch does not document the operators, and may lose them."""
     large = weight.dtype == torch.float32 and weight.numel() >= 2**19  # MKL is as fast with small ones
     if not weight.is_cpu or not (large or weight.dtype == torch.bfloat16):
         return False
     try:
         return PackedLinear(weight.new_ones(8, 8))(weight.new_ones(1, 8)).sum().item() == 64
-    except (AttributeError, RuntimeError):  # as with bfloat16 where the CPU has no instructions for it
+    except (AttributeError, RuntimeError):  # as with bfloat16 without AVX-512
         return False
 
 
 class PackedLinear(nn.Module):
-    """`nn.Linear` on CPUs: 1.3 to 1.9 times as fast with 8 rows, 1.2 to 1.5 times with 32; in float32 1.6 to 3.5.
+    """`nn.Linear` on CPUs, with a weight that is arranged once as oneDNN multiplies it, and not for every product.
 
-    Its weight is arranged once as oneDNN multiplies it, which would otherwise do so for every product.
-    `weight.to_dense()` gives the matrix back.
+    In bfloat16 1.3 to 1.9 times as fast with 8 rows, 1.2 to 1.6 times with 32, no faster with one; in float32, for
+    which PyTorch would call MKL, 1.8 to 3.5 times. `weight.to_dense()` gives the matrix back.
     """
 
     def __init__(self, weight: Tensor):
@@ -261,17 +262,19 @@ class PackedLinear(nn.Module):
 
 
 def widens_on(weight: Tensor) -> bool:
-    """Whether `WideLinear` pays: in half precision on CPUs without instructions for it, as most are."""
+    """Whether `WideLinear` pays: in half precision on CPUs for which oneDNN has none, as most are."""
+    if not weight.is_cpu or weight.itemsize != 2:
+        return False
     half = "fp16" if weight.dtype == torch.float16 else "bf16"
-    has_half = getattr(torch.ops.mkldnn, f"_is_mkldnn_{half}_supported", bool)()
-    return weight.is_cpu and weight.itemsize == 2 and not has_half
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{half}_supported", None)
+    return not (supported and supported())
 
 
 class WideLinear(nn.Module):
     """`nn.Linear` in half precision on CPUs that multiply in float32 only.
 
     PyTorch converts a weight in half precision anew for every row; this one does so once, for 2^20 values at a time,
-    which fit into a cache: 1.5 times as fast for 8 rows, 3 times for 32. Below 4 rows it is `nn.Linear`.
+    which fit into a cache: held to AVX2 1.5 times as fast for 8 rows, 2.7 for 32. Below 4 rows it is `nn.Linear`.
     """
 
     def __init__(self, weight: Tensor):
@@ -286,7 +289,7 @@ class WideLinear(nn.Module):
 
 
 def multiply(x: Tensor, weight: Tensor) -> Tensor:
-    """`F.linear` in float32 by oneDNN, which is faster with few rows than what PyTorch would ask, MKL."""
+    """`F.linear` in float32 by oneDNN, which is faster with few rows than MKL, which PyTorch would call."""
     try:
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     except (AttributeError, RuntimeError):  # PyTorch does not document it, and may lose it
@@ -326,10 +329,11 @@ class SortedExperts(Experts):
                 return out.view(*indices.shape[:2], -1)
             rows = x.index_select(0, order // k).split(counts)
         gate, up = torch.cat([self[e].gate_up_proj(row) for e, row in zip(experts, rows)]).chunk(2, -1)
-        rows = (F.silu(gate) * up).split(counts)
-        y = torch.cat([self[e].down_proj(row) for e, row in zip(experts, rows)])
-        y[order] = y.clone()  # back to the order in which the tokens chose
-        return (weights.unsqueeze(2) @ y.view(*indices.shape, -1)).squeeze(2)
+        hidden = (F.silu(gate) * up).split(counts)
+        y = torch.cat([self[e].down_proj(h) for e, h in zip(experts, hidden)])
+        out = torch.empty_like(y)
+        out[order] = y  # back in the order in which the tokens chose
+        return (weights.unsqueeze(2) @ out.view(*indices.shape, -1)).squeeze(2)
 
 
 class StackedExperts(nn.Module):
@@ -368,38 +372,41 @@ class Norm(nn.Module):
 def attend_in_blocks(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: Tensor) -> Tensor:
     """`attend`, where one row alone is ordinary attention, for which PyTorch has a kernel.
 
-    1.5 times as fast for one query after 32 tokens. On CPUs the kernel is slow with bfloat16, and for one query after a
-    long history: there, blocks of queries see no more keys than they need; 8 times as fast for a prompt of 2,048.
+    1.5 times as fast for one query after 32 tokens. On CPUs the kernel is slow in bfloat16, and for one query after a
+    history: there, blocks of queries see no more keys than they need; 8 times as fast for a prompt of 2,048. Several
+    queries after a history go in blocks everywhere: the kernel would need a mask for them.
     """
     (_, _, T, D), (_, Hk, S, _) = q.shape, shared_k.shape
     if own_k.shape[3]:
         return attend(q, shared_k, shared_v, own_k, own_v)
-    slow = q.is_cpu and shared_k.numel() >= 2**18 and (T == 1 or q.dtype == torch.bfloat16)
+    slow = q.is_cpu and shared_k.numel() >= 2**18 and (T == 1 or q.dtype == torch.bfloat16)  # 128 tokens of OLMoE-1B-7B
     if T in (1, S) and not slow:
         return F.scaled_dot_product_attention(q, shared_k, shared_v, is_causal=T > 1, enable_gqa=True)
     out = torch.empty_like(q)
     for start in range(0, T, 128):
-        rows = q[0, :, start : start + 128] * D**-0.5  # [H, t, D]
-        t, end = rows.shape[1], S - T + start + rows.shape[1]
-        scores = shared_k[0, :, :end] @ rows.reshape(Hk, -1, D).mT  # [Hk, end, H / Hk * t]
-        if t > 1:
+        queries = q[0, :, start : start + 128] * D**-0.5  # [H, t, D]
+        t = queries.shape[1]
+        end = S - T + start + t  # what the last of them sees
+        scores = shared_k[0, :, :end] @ queries.reshape(Hk, -1, D).mT  # [Hk, end, H / Hk * t]
+        if t > 1:  # only the last t keys can come after a query of this block
             later = torch.ones(t, t, dtype=torch.bool, device=q.device).tril(-1)
             scores.view(Hk, end, -1, t)[:, end - t :].masked_fill_(later[:, None], -torch.inf)
-        out[0, :, start : start + 128] = (scores.mT.softmax(-1) @ shared_v[0, :, :end]).view(rows.shape)
+        out[0, :, start : start + 128] = (scores.mT.softmax(-1) @ shared_v[0, :, :end]).view(queries.shape)
     return out
 
 
 def attend_widely(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: Tensor) -> Tensor:
-    """`attend` on CPUs that multiply in float32 only; from half precision, keys and values are converted once.
+    """`attend` on CPUs that multiply in float32 only: keys and values are converted once in a call, not for every row.
 
-    60 times as fast for a prompt of 2,048 tokens; after as many, 3 times for one row, 8 times for 8, 14 times for 32.
+    Held to AVX2, 60 times as fast for a prompt of 2,048 tokens; after as many, 3 times for one row, 8 times for 8, 14
+    times for 32.
     """
     (n, H, T, D), (_, Hk, S, _) = q.shape, shared_k.shape
-    if n * T > 1:
+    if n * T > 1 or own_k.shape[3]:
         return attend_in_blocks(*(part.float() for part in (q, shared_k, shared_v, own_k, own_v))).to(q.dtype)
     if S < 256:
         return F.scaled_dot_product_attention(q, shared_k, shared_v, enable_gqa=True)
     # A single query converts nothing twice. What makes this fast is that all products are of a matrix and a vector.
-    k, v = ([part[0, h * Hk // H] for h in range(H)] for part in (shared_k, shared_v))
-    scores = torch.stack([k @ row for k, row in zip(k, q.view(H, D) * D**-0.5)])
-    return torch.stack([v.T @ p for v, p in zip(v, scores.softmax(-1))]).view(q.shape)
+    keys, values = ([part[0, h * Hk // H] for h in range(H)] for part in (shared_k, shared_v))
+    probs = torch.stack([k @ row for k, row in zip(keys, q.view(H, D) * D**-0.5)]).softmax(-1)
+    return torch.stack([v.T @ p for v, p in zip(values, probs)]).view(q.shape)

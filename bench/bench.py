@@ -407,7 +407,7 @@ def check_tricks() -> None:
         x = rows(n)
         tricks.append((f"MergedExpert, {n} rows", lambda x=x: each(experts, x), lambda x=x: each(merged, x)))
     ordered = SortedExperts(merged)
-    for n in (1, 8, 256):
+    for n in (1, 8, 256, 512):
         weights, indices = torch.rand(n, 1, config.num_experts).topk(config.num_experts_per_tok)
         args = rows(n)[:, None], weights.bfloat16(), indices
         tricks.append((f"SortedExperts, {n} rows", lambda args=args: merged(*args), lambda args=args: ordered(*args)))

@@ -108,7 +108,7 @@ def describe(source: str | Path | None = None, device: str = "auto") -> tuple[Pa
 
 
 def part_of(name: str) -> str:
-    """The part of the model that is made fast once its tensors are there: an expert, a layer's, or "", the rest."""
+    """The part of the model that is made fast at once: an expert, a layer of them if fused, or "", all the rest."""
     part = re.match(r"model\.(layers\.\d+\.mlp\.experts(\.\d+)?)\.", name)
     return part[1] if part else ""
 

@@ -754,6 +754,8 @@ def test_cache_bytes(small):
         (1, 5, 9, 0, 16),
         (3, 5, 7, 1, 16),
         (3, 1, 600, 4, 16),
+        (1, 1, 600, 0, 16),
+        (1, 5, 600, 0, 16),
         (3, 5, 600, 1, 16),
         (1, 1, 600, 0, 256),  # of a size for which `attend_in_blocks` does not ask PyTorch's kernel
         (1, 130, 600, 0, 256),
@@ -772,7 +774,7 @@ def test_attend(attend, n, T, S, C, D, dtype, atol):
         seen = shared[:, 0, head // 2, : S - T + 1 + t]
         k, v = torch.cat((seen, own[:, row, head // 2, t]), 1).double()
         expected[row, head, t] = (q[row, head, t].double() @ k.T / D**0.5).softmax(-1) @ v
-    if dtype == torch.bfloat16 and S > 100 > T:  # an average of many is small: one position of 600 changes it by 0.01
+    if dtype == torch.bfloat16 and S - T > 500:  # an average of many is small: one position of 600 changes it by 0.01
         atol /= 10
     torch.testing.assert_close(attend(q, *shared, *own).double(), expected, rtol=0, atol=atol)
 

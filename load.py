@@ -68,7 +68,7 @@ def load(
             unknown device or dtype.
     """
     device, dtype = pick_device(device), pick_dtype(dtype)
-    path, config, tokenizer = describe(source, device)
+    path, config, tokenizer = read_description(source, device)
     files = weight_files(find(source, "*.safetensors", commit=path.name))
     stored = [tensor for file in files for tensor in read_header(file)]
     check_sizes(path, stored, config)
@@ -98,13 +98,26 @@ def load(
     return model, tokenizer
 
 
-def describe(source: str | Path | None = None, device: str = "auto") -> tuple[Path, Config, Tokenizer]:
+def read_description(source: str | Path | None = None, device: str = "auto") -> tuple[Path, Config, Tokenizer]:
     """All of a model but its weights: the directory that it is in, its `Config` and its tokenizer. Raises as `load`."""
     path = find(source, "*.json")
     config = read_config(path / "config.json", pick_device(device))
     if (path / "tau.json").exists():
-        config.tau = read_json(path / "tau.json", list)
+        config.tau = read_temperatures(path / "tau.json")
     return path, config, read_tokenizer(path / "tokenizer.json", config)
+
+
+def read_temperatures(file: Path) -> list[float]:
+    """A JSON list of one routing temperature per layer."""
+    values = read_json(file, list)
+    for value in values:
+        if type(value) not in (int, float) or not 0 <= value <= 100:
+            raise refusal(f"{file}: tau must be a number from 0 to 100, not {short(value)}")
+    return values
+
+
+def chat_template(folder: Path) -> str:
+    return ""
 
 
 def part_of(name: str) -> str:

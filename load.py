@@ -25,6 +25,7 @@ from model import Config, OLMoE, speed_up
 
 EMBEDDED = Path(__file__).parent / "tiny"
 SMALL = 2**26  # bytes
+MOST_BYTES = 2**24  # of a text
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 # What config.json may say, by the type that `Config` gives a field: types in JSON, lowest and highest value. Nothing
@@ -91,8 +92,6 @@ def load(
                 progress.update()
             module.load_state_dict(state, strict=False, assign=True)  # of the whole model it would visit every expert
             del state, tensor
-            if fast and part:
-                model.set_submodule(part, speed_up(module))
     if fast:
         speed_up(model)
     return model, tokenizer
@@ -103,17 +102,51 @@ def read_description(source: str | Path | None = None, device: str = "auto") -> 
     path = find(source, "*.json")
     config = read_config(path / "config.json", pick_device(device))
     if (path / "tau.json").exists():
-        config.tau = read_temperatures(path / "tau.json")
+        config.tau = read_tau(str(path / "tau.json"))
     return path, config, read_tokenizer(path / "tokenizer.json", config)
 
 
-def read_temperatures(file: Path) -> list[float]:
-    """A JSON list of one routing temperature per layer."""
-    values = read_json(file, list)
+def read_text(prompt: str | None, file: str | None) -> str:
+    """The text of --prompt or --ppl: as given, or from standard input or a file, which may be without end."""
+    piped, name = prompt == "-", "the prompt" if file is None else file or "''"
+    try:
+        if piped or prompt is None:
+            with open(0 if piped else file, "rb", closefd=not piped) as opened:
+                data = opened.read(MOST_BYTES + 1)
+        else:
+            data = os.fsencode(prompt)
+        if len(data) > MOST_BYTES:
+            raise refusal(f"{name} has more than {MOST_BYTES:,} bytes; give a part of it")
+        return data.decode().removesuffix("\n").removesuffix("\r") if piped else data.decode()  # `echo` adds these
+    except OSError as error:
+        raise refusal(f"{name} cannot be read ({error.strerror}); give a text file") from error
+    except UnicodeDecodeError as error:
+        raise refusal(f"{name} is not UTF-8 text (byte {error.start}); convert it first") from error
+
+
+def read_tau(argument: str | None) -> float | list[float] | None:
+    """What --tau stands for: a number, or else a JSON file with a list of one per layer."""
+    try:
+        return None if argument is None else float(argument)
+    except ValueError:
+        if not Path(argument).is_file():
+            raise refusal(f"tau takes a number or a JSON file with a list of them, not {argument!r}") from None
+    values = read_json(Path(argument), list)
     for value in values:
-        if type(value) not in (int, float) or not 0 <= value <= 100:
-            raise refusal(f"{file}: tau must be a number from 0 to 100, not {short(value)}")
+        if type(value) not in (int, float):
+            raise refusal(f"{argument}: tau must be a number from 0 to 100, not {short(value)}")
     return values
+
+
+def chat_prompt(folder: Path, message: str) -> str:
+    """A message as the OLMoE Instruct models expect it, if the model's own chat template has these tags and no other."""
+    template = chat_template(folder)
+    tags = set(re.findall(r"<\|\w+\|>", template)) - {"<|system|>", "<|endoftext|>"}
+    if tags != {"<|user|>", "<|assistant|>"}:
+        what = "another chat template than OLMoE's" if template else "no chat template"
+        hint = "leave out --chat, or use ports/roe_transformers.py, which renders any"
+        raise refusal(f"{folder} has {what}; {hint}")
+    return f"<|endoftext|><|user|>\n{message}\n<|assistant|>\n"
 
 
 def chat_template(folder: Path) -> str:

@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import math
 import os
-import re
 import sys
 import time
 import warnings
@@ -21,16 +20,16 @@ from pathlib import Path
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # which torch does not need here
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+from tokenizers import Tokenizer, decoders
 from torch import Tensor
 from tqdm import tqdm
 
 from cache import BranchingCache, SharedCache
-from load import chat_template, load, printable, read_description, read_temperatures
+from load import chat_prompt, load, printable, read_description, read_tau, read_text
 from model import Config, OLMoE, top_k
 
 TAU = 0.2  # the default temperature; the paper finds values up to 0.5 useful, and larger ones always harmful
+NOT_FINITE = "the model's predictions are not finite: its weights are broken, or too large for its dtype"
 
 
 # ---- 2.1 Stochastic routing -----------------------------------------------------------------------------------------
@@ -47,9 +46,7 @@ def gumbel(seed: int, position: int, rosters: int, layers: int, experts: int) ->
     return -(-uniform.log()).log().float().view(rosters, layers, experts)[1:]
 
 
-def stochastic_route(
-    logits: Tensor, noise: Tensor, k: int, weights: str = "perturbed", normalize: bool = False
-) -> tuple[Tensor, Tensor]:
+def stochastic_route(logits: Tensor, noise: Tensor, k: int, weights: str = "perturbed", normalize: bool = False):
     """Gumbel-top-k routing (equation 1): the experts of a token are TopK(R + tau G, k).
 
     They are k experts drawn without replacement from softmax(R / tau). Where noise is 0, as in row 0, plain top-k.
@@ -83,8 +80,7 @@ def temperatures(config: Config, tau: float | Sequence[float] | None = None, ski
         tau: one value per layer, or a number for all layers but the first and last `skip`, which get 0. None: the
             model's own values (`config.tau`), or 0.2 if it has none.
 
-    Raises:
-        ValueError: a value that is not from 0 to 100, or not one per layer.
+    Raises ValueError: a value that is not from 0 to 100, or not one per layer.
     """
     layers, default = config.num_hidden_layers, TAU if config.tau is None else config.tau
     values = torch.as_tensor(default if tau is None else tau, dtype=torch.float64).tolist()
@@ -107,26 +103,23 @@ def run_rosters(model: OLMoE, tokens: Tensor, cache, rosters: int, tau: list[flo
     All rosters are the same until the first layer with noise, and one row runs for them; its route turns it into n.
     `position` is that of the first of the tokens in its text. For the other arguments see `predict`.
     """
-    config, route = model.config, None
-    k, normalize = config.num_experts_per_tok, config.norm_topk_prob
+    c, route = model.config, None
     if rosters > 1 and any(tau):
-        sizes = rosters, config.num_hidden_layers, config.num_experts
-        G = torch.stack([gumbel(seed, position + t, *sizes) for t in range(tokens.shape[1])], 1)  # [n - 1, T, L, E]
-        noise = torch.cat((torch.zeros_like(G[:1]), G)) * torch.tensor(tau)[:, None]  # row 0 is the clean path
+        positions = range(position, position + tokens.shape[1])
+        G = torch.stack([gumbel(seed, p, rosters, c.num_hidden_layers, c.num_experts) for p in positions], 1)
+        noise = torch.cat((torch.zeros_like(G[:1]), G)) * torch.tensor(tau)[:, None]  # [n, T, L, E]; row 0 is clean
         noise = noise.to(model.device)
 
         def route(layer: int, logits: Tensor) -> tuple[Tensor, Tensor]:
             if tau[layer] == 0:
-                return top_k(logits, k, normalize)
-            return stochastic_route(logits, noise[:, :, layer], k, weights, normalize)
+                return top_k(logits, c.num_experts_per_tok, c.norm_topk_prob)
+            return stochastic_route(logits, noise[:, :, layer], c.num_experts_per_tok, weights, c.norm_topk_prob)
 
     return model(tokens, cache, route).expand(rosters, -1, -1)  # one row still, if no layer has noise
 
 
 @torch.inference_mode()
-def predict(
-    model: OLMoE, tokens: Sequence[int], cache, rosters: int, tau, seed: int, weights: str = "perturbed"
-) -> Tensor:
+def predict(model: OLMoE, tokens, cache, rosters: int, tau, seed: int, weights: str = "perturbed") -> Tensor:
     """Predicts the token that follows, once per roster: logits [n, V], row 0 the clean path's.
 
     Args:
@@ -135,8 +128,7 @@ def predict(
         tau, weights: see `temperatures` and `stochastic_route`.
         seed: of the noise, see `gumbel`.
 
-    Raises:
-        ValueError: more tokens than the model's context, or than the cache, has room for.
+    Raises ValueError: more tokens than the model's context, or than the cache, has room for.
     """
     tau, last = temperatures(model.config, tau), cache.length + len(tokens) - 1
     check_length(last + 1, 1, model.config)
@@ -203,7 +195,8 @@ def generate(
             logits = predict(model, tokens[-1:], history, rosters, tau, seed, weights)
             log_probs = aggregate(logits)
         token = choose(log_probs, temperature, top_p, seed, position)
-        check_finite(log_probs[token])
+        if log_probs[token].isnan():  # what a softmax makes of infinite logits; -inf is a probability of 0
+            raise ValueError(NOT_FINITE)
         if token in eos:
             return
         if watch:
@@ -213,21 +206,17 @@ def generate(
 
 
 def sure(log_probs: Tensor, margin: float) -> Tensor:
-    """Whether the first choice is more probable than the second by `margin` or more: log_probs [..., V] -> [...].
-
-    At margin 1 nothing is, not even what rounds to a probability of 1.
-    """
+    """Whether the first choice is more probable than the second by `margin` or more: log_probs [..., V] -> [...]."""
     first, second = log_probs.topk(2).values.exp().unbind(-1)
-    return (first - second >= margin) & (margin < 1)
+    return (first - second >= margin) & (margin < 1)  # at 1 nothing is, not even what rounds to a probability of 1
 
 
 def choose(log_probs: Tensor, temperature: float, top_p: float, seed: int, position: int) -> int:
     """A token id from log-probabilities [V]: the most likely one at temperature 0, else a sample.
 
-    With top_p < 1 the sample is from the smallest set of most likely tokens that has this probability. It is drawn as
-    experts are, by adding Gumbel noise: that of positions below 0, which no token has.
+    With top_p < 1 the sample is from the smallest set of most likely tokens that has this probability.
     """
-    if temperature > 0:
+    if temperature > 0:  # a sample is drawn as experts are: by adding Gumbel noise, of positions that no token has
         log_probs = log_probs / temperature
         probs, ids = log_probs.softmax(-1).sort(descending=True)
         log_probs[ids[probs.cumsum(-1) - probs >= top_p]] = -math.inf
@@ -240,8 +229,7 @@ def score(model, tokens, rosters, tau=None, seed=0, weights="perturbed", margin=
     """Log-probability of every token of a text under 1, 2, ..., n rosters (section 2.2, validation perplexity).
 
     With the shared cache a token's noise reaches no other token. A forward pass over T tokens with n rows is therefore
-    decoding token by token: row r at position t sees the clean history before t and itself. Long texts take several
-    passes, one after the other.
+    decoding token by token: row r at position t sees the clean history before t and itself.
 
     Args:
         tokens: T >= 2 ids. One longer than the context is scored in pieces of that length, each without those before.
@@ -253,14 +241,13 @@ def score(model, tokens, rosters, tau=None, seed=0, weights="perturbed", margin=
     Returns:
         log-probabilities [n, T - 1] in float32; row m - 1 is what `generate` with m rosters gives to tokens[1:].
 
-    Raises:
-        ValueError: fewer than two tokens, history and text longer than the context, predictions that are not finite.
+    Raises ValueError: fewer than two tokens, history and text longer than the context, predictions that are not finite.
     """
     config, tau, position = model.config, temperatures(model.config, tau), history.length if history else 0
     check_length(len(tokens), 2)
     check_length(position + len(tokens) - 1, 1, config if history else None)
     tokens = torch.as_tensor(tokens, dtype=torch.long, device=model.device)
-    chunk = max(1, 512 // rosters)  # bounds the rows times positions, and with them the memory
+    chunk = max(1, 512 // int(rosters))  # bounds the rows times positions, and with them the memory
     context, counts = config.max_position_embeddings, torch.arange(1, rosters + 1, device=model.device)
     scores = []
     for piece, targets in zip(tokens[:-1].split(context), tokens[1:].split(context)):
@@ -274,7 +261,10 @@ def score(model, tokens, rosters, tau=None, seed=0, weights="perturbed", margin=
             if watch:
                 watch(logits, aggregate(logits).where(~clean[:, None], log_probs[0]), target, cache)
             position += len(part)
-    return check_finite(torch.cat(scores, 1))
+    scores = torch.cat(scores, 1)
+    if scores.isnan().any():
+        raise ValueError(NOT_FINITE)
+    return scores
 
 
 def check_length(length: int, least: int, config: Config | None = None) -> None:
@@ -285,17 +275,10 @@ def check_length(length: int, least: int, config: Config | None = None) -> None:
         raise ValueError(f"there are {length} tokens, but the model's context has only {most}; give the last of them")
 
 
-def check_finite(log_probs: Tensor) -> Tensor:
-    """Raises ValueError where a model's predictions are not numbers."""
-    if log_probs.isnan().any():  # what a softmax makes of infinite logits; -inf is a probability of 0
-        raise ValueError("the model's predictions are not finite: its weights are broken, or too large for its dtype")
-    return log_probs
-
-
 # ---- The command line -----------------------------------------------------------------------------------------------
 
 
-def number(kind: type, low: float, high: float = math.inf, or_zero: bool = False) -> Callable[[str], float]:
+def number(kind: type, low: float, high: float = 10**9, or_zero: bool = False) -> Callable[[str], float]:
     """An argparse type: a whole number (`int`) or a number (`float`) within bounds."""
 
     def parse(text):
@@ -310,39 +293,29 @@ def number(kind: type, low: float, high: float = math.inf, or_zero: bool = False
 
 def parse_arguments() -> argparse.Namespace:
     """The command line, checked as far as it can be without a model."""
-    about = "Generate or score text with Roster of Experts (arXiv 2509.17238). Defaults are in brackets. Text goes to "
-    status = (
-        "standard output, all else to standard error. Exit status: 0; 2: bad input; 130: interrupted before any text."
-    )
-    parser = argparse.ArgumentParser(description=about + status)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="Defaults are in brackets.")
     parser.error = fail
     add = parser.add_argument_group("what to do").add_mutually_exclusive_group(required=True).add_argument
     add("--prompt", metavar="TEXT", help="continue this text; - reads it from standard input")
     add("--ppl", metavar="FILE", help="print the perplexity of a text file for every count in --rosters")
     add = parser.add_argument_group("the rosters").add_argument
-    add("--rosters", metavar="N", type=number(int, 1, 1024), nargs="+", default=[4], help="rosters per token [4]")
+    add("--rosters", type=number(int, 1, 1024), nargs="+", default=[4], help="per token; 1 is plain decoding [4]")
     add("--tau", help=f"noise temperature, or a JSON file of one per layer [tau.json beside the model, else {TAU}]")
-    add("--skip", metavar="L", type=number(int, 0), default=1, help="layers without noise at each end, for one tau [1]")
+    add("--skip", type=number(int, 0), default=1, help="layers without noise at each end; not with a file [1]")
     add("--weights", choices=["perturbed", "clean"], default="perturbed", help="softmax(R + tau G), or softmax(R)")
-    add(
-        "--margin", metavar="M", type=number(float, 0, 1), default=1.0, help="rosters only where p1 - p2 < M; 1: always"
-    )
-    add("--seed", metavar="N", type=number(int, 0, 2**63 - 1), default=0, help="of noise and sampling [0]")
+    add("--margin", type=number(float, 0, 1), default=1.0, help="rosters only where p1 - p2 is below it; 1: always [1]")
+    add("--seed", type=int, default=0, help="of noise and sampling; any whole number [0]")
     add = parser.add_argument_group("the text, with --prompt").add_argument
-    heat, mass = number(float, 0.001, 1000, or_zero=True), number(float, 1e-6, 1)
-    add("--max-new-tokens", metavar="N", type=number(int, 1), default=128, help="stop after this many tokens [128]")
-    add("--temperature", metavar="T", type=heat, default=0.0, help="sample at this temperature; 0 is greedy [0]")
-    add("--top-p", metavar="P", type=mass, default=1.0, help="sample from the likeliest tokens of this total mass [1]")
+    add("--max-new-tokens", type=number(int, 1), default=128, help="stop after this many tokens [128]")
+    add("--temperature", type=number(float, 0.001, 1000, or_zero=True), default=0.0, help="of samples; 0: greedy [0]")
+    add("--top-p", type=number(float, 1e-6, 1), default=1.0, help="sample from the likeliest tokens of this mass [1]")
     add("--cache", choices=["shared", "branching"], default="shared", help="one history, or one per roster [shared]")
     add("--chat", action="store_true", help="wrap the prompt as the OLMoE Instruct models expect it")
-    add(
-        "--show", action="store_true", help="on a terminal, shade tokens that few chose, underline those that overruled"
-    )
+    add("--show", action="store_true", help="shade tokens that few rosters chose, underline those that overruled")
     add = parser.add_argument_group("the model").add_argument
     add("--model", help="directory, or hub id such as allenai/OLMoE-1B-7B-0125-Instruct [the one that comes with RoE]")
     add("--device", default="auto", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
-    dtypes = ["auto", "bfloat16", "float16", "float32"]
-    add("--dtype", choices=dtypes, default="auto", help="of the weights [as stored; small models: float32]")
+    add("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto", help="[as stored, or float32]")
     args = parser.parse_args()
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     unread = given & {"max_new_tokens", "temperature", "top_p", "cache", "chat", "show"}
@@ -363,56 +336,16 @@ def fail(message: object) -> None:
     sys.exit(2)
 
 
-def read_text(args: argparse.Namespace) -> str:
-    """The prompt, or the text to be scored: as given, or from standard input or a file, which may be without end."""
-    piped, name, most = args.prompt == "-", "the prompt" if args.ppl is None else args.ppl or "''", 2**24
-    try:
-        if piped or args.prompt is None:
-            with open(0 if piped else args.ppl, "rb", closefd=not piped) as file:
-                data = file.read(most + 1)
-        else:
-            data = os.fsencode(args.prompt)
-        if len(data) > most:
-            raise ValueError(f"{name} has more than {most:,} bytes; give a part of it")
-        text = data.decode()
-    except OSError as error:
-        raise ValueError(f"{name} cannot be read ({error.strerror}); give a text file") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text (byte {error.start}); convert it first") from error
-    return re.sub(r"\r?\n\Z", "", text) if piped else text  # without the line end that `echo` adds
-
-
-def read_tau(argument: str | None) -> float | list[float] | None:
-    """What --tau stands for: a number, or else a file."""
-    try:
-        return None if argument is None else float(argument)
-    except ValueError:
-        if not Path(argument).is_file():
-            raise ValueError(f"tau takes a number or a JSON file with a list of them, not {argument!r}") from None
-        return read_temperatures(Path(argument))
-
-
-def as_chat(text: str, template: str) -> str:
-    """A message as the OLMoE Instruct models expect it; refused if the model's own chat template has other tags."""
-    tags = set(re.findall(r"<\|\w+\|>", template)) - {"<|system|>", "<|endoftext|>"}
-    if tags != {"<|user|>", "<|assistant|>"}:
-        what = "has another chat template than OLMoE's" if template else "has no chat template"
-        raise ValueError(f"--chat: the model {what}; leave it out, or use ports/roe_transformers.py, which renders any")
-    return f"<|endoftext|><|user|>\n{text}\n<|assistant|>\n"
-
-
 def shade(text: str, agreement: float, overruled: bool) -> str:
     """Text on a background from none, where all rosters agree, over yellow to red; underlined where overruled."""
-    if agreement == 1:
-        return text
-    background = (203, 209, 215, 222, 229)[int(agreement * 5)]  # of the 256 colours that terminals have
+    background = (203, 209, 215, 222, 229)[min(4, int(agreement * 5))]  # of the 256 colours that terminals have
     style = f"\033[{'4;' if overruled else ''}38;5;16;48;5;{background}m"
-    return style + text.replace("\n", f"\033[0m\n{style}") + "\033[0m"
+    return text if agreement == 1 else style + text.replace("\n", f"\033[0m\n{style}") + "\033[0m"
 
 
 def print_generation(args: argparse.Namespace, model: OLMoE, tokenizer: Tokenizer, tokens: list[int], tau) -> None:
     """Streams the text to standard output, then one line of statistics to standard error."""
-    ids, text, decoder, seen, shown = [], "", DecodeStream(skip_special_tokens=True), [], 0
+    ids, text, decoder, seen, shown = [], "", decoders.DecodeStream(skip_special_tokens=True), [], 0
     colours = args.show and sys.stdout and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
     def watch(logits, log_probs, tokens, cache):
@@ -428,16 +361,14 @@ def print_generation(args: argparse.Namespace, model: OLMoE, tokenizer: Tokenize
             piece, shown = shade(piece, min(agreement), any(overruled)), len(seen)
         print(piece, end="", flush=True)
 
-    settings = ("cache", "max_new_tokens", "temperature", "top_p", "seed", "weights", "margin")
-    settings = {name: getattr(args, name) for name in settings}
+    names = ("cache", "max_new_tokens", "temperature", "top_p", "seed", "weights", "margin")
     try:
-        for token in generate(model, tokens, *args.rosters, tau, watch=watch, **settings):
+        for token in generate(model, tokens, *args.rosters, tau, watch=watch, **{n: getattr(args, n) for n in names}):
             ids.append(token)
             write(decoder.step(tokenizer, token) or "")  # None within a character of several tokens
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # what has been generated stands
         if not seen:
             raise
-        # what has been generated stands
     write(tokenizer.decode(ids)[len(text) :])
     print(flush=True)
     times, _, overruled, noisy, nbytes = zip(*seen) if seen else [[0]] * 5
@@ -447,7 +378,7 @@ def print_generation(args: argparse.Namespace, model: OLMoE, tokenizer: Tokenize
     print(f"{stats}overruled the clean roster on {sum(overruled)} of the tokens", file=sys.stderr)
 
 
-def print_perplexity(args: argparse.Namespace, model: OLMoE, tokens: list[int], tau: list[float]) -> None:
+def print_perplexity(args: argparse.Namespace, model: OLMoE, tokenizer: Tokenizer, tokens: list[int], tau) -> None:
     """Prints a table of perplexity against the number of rosters."""
     with tqdm(total=len(tokens) - 1, desc="scoring", unit="token", leave=False, delay=1, disable=None) as progress:
         watch = None if progress.disable else lambda logits, log_probs, tokens, cache: progress.update(len(tokens))
@@ -464,22 +395,19 @@ def main() -> None:
         sys.stdout.reconfigure(encoding=None if sys.stdout.isatty() else "utf-8", errors="replace")
     args = parse_arguments()
     try:  # all that can be refused is refused before weights are fetched or read
-        text, tau = read_text(args), read_tau(args.tau)
+        text, tau = read_text(args.prompt, args.ppl), read_tau(args.tau)
         folder, config, tokenizer = read_description(args.model, args.device)
         if args.skip != 1 and (isinstance(tau, list) or tau is None and config.tau):
             raise ValueError("--skip is for one --tau; a file of temperatures says what every layer gets")
-        tau, text = temperatures(config, tau, args.skip), as_chat(text, chat_template(folder)) if args.chat else text
+        tau, text = temperatures(config, tau, args.skip), chat_prompt(folder, text) if args.chat else text
         tokens = tokenizer.encode(text, add_special_tokens=not args.chat).ids
         if max(tokens, default=0) >= config.vocab_size:
             raise ValueError(f"the text has the token id {max(tokens)}, but vocab_size is only {config.vocab_size}")
-        check_length(len(tokens), *([2] if args.prompt is None else [1, config]))
+        check_length(len(tokens), 1 if args.ppl is None else 2, config if args.ppl is None else None)
         if args.prompt is None and "\r" in text:
             print(f"{args.ppl} has carriage returns, as on Windows; they are scored as they are", file=sys.stderr)
         model, _ = load(args.model, args.device, args.dtype)
-        if args.prompt is None:
-            print_perplexity(args, model, tokens, tau)
-        else:
-            print_generation(args, model, tokenizer, tokens, tau)
+        (print_generation if args.ppl is None else print_perplexity)(args, model, tokenizer, tokens, tau)
     except BrokenPipeError:  # the reader has seen enough, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:

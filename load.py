@@ -12,98 +12,209 @@ import stat
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
-from itertools import groupby
 from pathlib import Path
 from reprlib import repr as short
 
 import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
+from torch import Tensor
 from tqdm import tqdm
 
 from model import Config, OLMoE, speed_up
 
 EMBEDDED = Path(__file__).parent / "tiny"
-SMALL = 2**26  # bytes
-MOST_BYTES = 2**24  # of a text
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DESCRIPTION = ["config.json", "generation_config.json", "adapter_config.json", "tau.json"]
+DESCRIPTION += ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+SMALL, MOST_BYTES = 2**26, 2**24  # bytes of a small model; of a text
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
-# What config.json may say, by the type that `Config` gives a field: types in JSON, lowest and highest value. Nothing
-# within these bounds overflows: not the product of two sizes, not a power of rope_theta, not clip_qkv in float16.
-KINDS = {
-    int: ((int,), 1, 2**30),
-    float: ((int, float), 1e-30, 1e18),
-    float | None: ((int, float), 1e-30, 65504),
-    bool: ((bool,), False, True),
+# What config.json may say: type, lowest and highest value. Nothing within these bounds overflows: not the product of
+# two sizes, not a power of rope_theta, not clip_qkv in float16. Sizes have no default.
+SIZES = [field.name for field in fields(Config) if field.default is MISSING]
+ALLOWED = dict.fromkeys(SIZES, (int, 1, 2**30)) | {
+    "norm_topk_prob": (bool, False, True),
+    "tie_word_embeddings": (bool, False, True),
+    "rms_norm_eps": (float, 1e-30, 1e18),
+    "rope_theta": (float, 1e-30, 1e18),
+    "clip_qkv": (float, 1e-30, 65504),
 }
 IMPLEMENTED = {
     "model_type": "olmoe",
     "hidden_act": "silu",
     "attention_bias": False,
-    "rope_scaling": None,
-    "rope_type": "default",
-    "partial_rotary_factor": 1,
     "quantization_config": None,
 }
+ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
 
 
-def load(
-    source: str | Path | None = None, device: str = "auto", dtype: str = "auto", fast: bool = True
-) -> tuple[OLMoE, Tokenizer]:
-    """Loads a model and its tokenizer.
+def load(source=None, device: str = "auto", dtype: str = "auto", fast: bool = True) -> tuple[OLMoE, Tokenizer]:
+    """Loads a model (`OLMoE`, without gradients) and its tokenizer (`tokenizers.Tokenizer`).
 
     Args:
-        source: a directory, a hub id such as "allenai/OLMoE-1B-7B-0125-Instruct", or None for the embedded model.
+        source: a directory, a hub id such as "allenai/OLMoE-1B-7B-0125-Instruct", after which @ and a revision may
+            stand, or None for the embedded model.
         device: "cpu", "cuda", "cuda:1" ...; "auto": a GPU if there is one.
         dtype: "bfloat16", "float16" or "float32"; "auto": as the weights are stored, but on CPUs float32 for a model
             of less than 64 MB, whose small matrices they multiply faster in it.
         fast: with what `model.speed_up` does: for inference only, and where and as it is. False: the plain model, which
             can be moved, converted, copied and trained.
 
-    Returns:
-        model (`OLMoE`, without gradients) and tokenizer (`tokenizers.Tokenizer`).
-
     Raises:
         FileNotFoundError: a file, a directory or a hub id that is not there.
         ValueError: a file that is unreadable, broken or asks for what is not implemented, tensors that do not fit, an
             unknown device or dtype.
     """
-    device, dtype = pick_device(device), pick_dtype(dtype)
-    path, config, tokenizer = read_description(source, device)
-    files = weight_files(find(source, "*.safetensors", commit=path.name))
-    stored = [tensor for file in files for tensor in read_header(file)]
-    check_sizes(path, stored, config)
-    with torch.device("meta"):
-        model = OLMoE(config).requires_grad_(False)
-    check_tensors(path, stored, model)
-    if dtype is None:
+    kind = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if dtype != "auto" and kind not in DTYPES.values():
+        raise ValueError(f"dtype {dtype} is unknown; use auto, bfloat16, float16 or float32")
+    device = pick_device(device)
+    folder, config, tokenizer = read_description(source, device)
+    files = weight_files(source, folder)
+    stored = [(file, *tensor) for file in files for tensor in read_header(file)]
+    model = lay_out(folder, stored, config)
+    if dtype == "auto":
         small = device.type == "cpu" and sum(file.stat().st_size for file in files) < SMALL
-        kind = next(kind for name, _, kind in stored if name == "model.embed_tokens.weight")
-        dtype = torch.float32 if small else DTYPES[kind]
-    # Pages of a memory-mapped file would count as resident: reading needs the model plus what is not packed yet.
-    shards = [safe_open(file, "pt", backend="pread") for file in files]
-    places = [(part_of(name), name, i) for i, shard in enumerate(shards) for name in shard.keys()]
-    with tqdm(total=len(places), desc="loading", unit="tensor", leave=False, delay=1, disable=None) as progress:
-        for part, group in groupby(sorted(places, reverse=True), key=lambda place: place[0]):
-            state, module, prefix = {}, model.get_submodule(part), f"model.{part}." if part else "model."
-            for _, stored_as, i in group:
-                for name, tensor in one_by_one(stored_as, shards[i].get_tensor(stored_as)):
-                    state[name.removeprefix(prefix)] = tensor.to(device, dtype)
-                progress.update()
-            module.load_state_dict(state, strict=False, assign=True)  # of the whole model it would visit every expert
-            del state, tensor
-    if fast:
-        speed_up(model)
-    return model, tokenizer
+        kind = (
+            torch.float32 if small else next(DTYPES[dtype] for _, name, _, dtype in stored if name in (EMBEDDING, HEAD))
+        )
+    state, shards = {}, {file: safe_open(file, "pt", backend="pread") for file in files}  # mapped pages would stay
+    for file, name, *_ in tqdm(stored, desc="loading", unit="tensor", leave=False, delay=1, disable=None):
+        state |= {part: tensor.to(device, kind) for part, tensor in one_by_one(name, shards[file].get_tensor(name))}
+    if config.tie_word_embeddings and HEAD in state and not state[HEAD].equal(state.setdefault(EMBEDDING, state[HEAD])):
+        raise ValueError(f"{folder} has tied embeddings by its config.json, but stores another {HEAD}")
+    model.load_state_dict({name: state[stored_name(name)] for name, _ in model.named_parameters()}, assign=True)
+    del state
+    return speed_up(model) if fast else model, tokenizer
 
 
-def read_description(source: str | Path | None = None, device: str = "auto") -> tuple[Path, Config, Tokenizer]:
-    """All of a model but its weights: the directory that it is in, its `Config` and its tokenizer. Raises as `load`."""
-    path = find(source, "*.json")
-    config = read_config(path / "config.json", pick_device(device))
-    if (path / "tau.json").exists():
-        config.tau = read_tau(str(path / "tau.json"))
-    return path, config, read_tokenizer(path / "tokenizer.json", config)
+def read_description(source=None, device: str = "auto") -> tuple[Path, Config, Tokenizer]:
+    """All of a model but its weights: the folder that it is in, its `Config` and its tokenizer. Raises as `load`."""
+    folder = fetch_files(source, DESCRIPTION)
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"{folder} is an adapter; merge it into its model first (merge_and_unload), and save that")
+    config = read_config(folder, pick_device(device))
+    if (folder / "tau.json").exists():
+        config.tau = read_tau(str(folder / "tau.json"))
+    return folder, config, read_tokenizer(folder / "tokenizer.json")
+
+
+def fetch_files(source: str | Path | None, names: list[str], revision: str | None = None) -> Path:
+    """The folder of the model `source`, see `load`. If that is a hub id, its files of these names are fetched first."""
+    if source is None:
+        return EMBEDDED
+    try:
+        if Path(source).expanduser().is_dir():
+            return Path(source).expanduser()
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{source} cannot be read: {getattr(error, 'strerror', error)}") from error
+    hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(source))
+    if not hub_id:
+        raise FileNotFoundError(f"there is no directory {source}, and it is not a hub id (organisation/name)")
+    from huggingface_hub import snapshot_download  # comes with tokenizers; imported here since it is slow to import
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id[1], revision=revision or hub_id[2], allow_patterns=names))
+    except GatedRepoError:
+        reason = "it is gated, accept its terms on its page and log in with `hf auth login`"
+    except RepositoryNotFoundError:
+        reason = "it has no such model, or a private one that needs `hf auth login`"
+    except Exception as error:  # the network's, the disk's or the hub's: versions of the library raise different ones
+        reason = str(error).split("\n")[0] or type(error).__name__
+    raise FileNotFoundError(f"{source} is not a directory, and the hub does not deliver it: {reason}")
+
+
+def read_file(file: Path, size: int = -1) -> bytes:
+    """The first `size` bytes of a regular file, by default all."""
+    try:
+        if not stat.S_ISREG(file.stat().st_mode):  # reading from a pipe or a device may never end
+            raise ValueError(f"{file} is not a regular file")
+        with file.open("rb") as opened:
+            return opened.read(size)
+    except FileNotFoundError as error:
+        hint = "a model is a directory with config.json, tokenizer.json and safetensors weights"
+        raise FileNotFoundError(f"there is no {file}; {hint}") from error
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def read_json(file: Path, kind: type = dict) -> dict | list:
+    """A file that holds a JSON object, as a dict, or a list."""
+    try:
+        value = json.loads(read_file(file))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{file} is not a JSON {'object' if kind is dict else 'list'}")
+    return value
+
+
+def read_config(folder: Path, device: torch.device) -> Config:
+    """config.json as a `Config`. What it asks for beyond OLMoE as published is refused by name."""
+    file, ends = folder / "config.json", folder / "generation_config.json"
+    raw = {"model_type": None} | read_json(file)
+    for name in (None, "rope_scaling", "rope_parameters"):  # the last two as transformers 4 and 5 write them
+        part = raw.get(name) or {} if name else raw
+        if not isinstance(part, dict) or name and not part.keys() <= {"rope_theta", *ROPE}:
+            raise ValueError(f"{file}: {name} {short(part)} is not an object of rope_theta and rope_type")
+        for key, value in (IMPLEMENTED | ROPE).items():
+            if part.get(key, value) != value:
+                raise ValueError(f"{file}: {key} {short(part[key])} is not implemented, only {value!r}")
+        raw |= part
+    if raw.get("num_key_value_heads") is None:
+        raw["num_key_value_heads"] = raw.get("num_attention_heads")
+    values = {name: raw.get(name) for name in ALLOWED if name in SIZES or raw.get(name) is not None}
+    for name, value in values.items():
+        kind, low, high = ALLOWED[name]
+        if type(value) not in ((int, float) if kind is float else (kind,)) or not low <= value <= high:
+            raise ValueError(
+                f"{file}: {name} must be of type {kind.__name__}, from {low} to {high}, not {short(value)}"
+            )
+    eos = (read_json(ends) if ends.exists() else {}).get("eos_token_id")  # as in transformers, this one comes first
+    eos = raw.get("eos_token_id") if eos is None else eos
+    eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    c = Config(**values, eos_token_id=[i for i in eos if type(i) is int and 0 <= i < values["vocab_size"]])
+    unaligned = c.hidden_size % 8 or c.intermediate_size % 8
+    for wrong, sentence in (
+        (c.num_experts_per_tok > c.num_experts, "num_experts_per_tok must not exceed num_experts"),
+        (c.hidden_size % (2 * c.num_attention_heads), "hidden_size must be an even multiple of num_attention_heads"),
+        (c.num_attention_heads % c.num_key_value_heads, "num_key_value_heads must divide num_attention_heads"),
+        (raw.get("head_dim") not in (None, c.head_dim), "head_dim must be hidden_size / num_attention_heads"),
+        (any(type(i) is not int for i in eos), "eos_token_id must be an id or a list of them"),
+        (device.type == "cuda" and unaligned, "on GPUs 8 must divide hidden_size and intermediate_size (F.grouped_mm)"),
+    ):
+        if wrong:
+            raise ValueError(f"{file}: {sentence}")
+    return c
+
+
+def read_tokenizer(file: Path) -> Tokenizer:
+    """tokenizer.json as a `tokenizers.Tokenizer`."""
+    data = read_file(file)
+    try:
+        tokenizer = Tokenizer.from_buffer(data)
+        tokenizer.no_truncation()  # settings that training can leave in the file
+        tokenizer.no_padding()
+        tokenizer.model.tokenize("\U0010ffff")  # no vocabulary has this: raises if the token for unknown ones is amiss
+    except Exception as error:  # the library raises nothing more specific
+        raise ValueError(f"{file} is not a tokenizer: {error}") from error
+    return tokenizer
+
+
+def chat_prompt(folder: Path, message: str) -> str:
+    """A message as the OLMoE Instruct models expect it, if the model's own template has their tags and no other."""
+    file, template = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    template = read_json(template).get("chat_template") if template.exists() else None
+    if isinstance(template, list):  # several, with names
+        template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
+    template = read_file(file).decode(errors="replace") if file.exists() else template or ""
+    if set(re.findall(r"<\|\w+\|>", template)) - {"<|system|>", "<|endoftext|>"} != {"<|user|>", "<|assistant|>"}:
+        what = "another chat template than OLMoE's" if template else "no chat template"
+        raise ValueError(f"--chat: {folder} has {what}; ports/roe_transformers.py --chat renders any")
+    return f"<|endoftext|><|user|>\n{message}\n<|assistant|>\n"
 
 
 def read_text(prompt: str | None, file: str | None) -> str:
@@ -116,12 +227,12 @@ def read_text(prompt: str | None, file: str | None) -> str:
         else:
             data = os.fsencode(prompt)
         if len(data) > MOST_BYTES:
-            raise refusal(f"{name} has more than {MOST_BYTES:,} bytes; give a part of it")
+            raise ValueError(f"{name} has more than {MOST_BYTES:,} bytes; give a part of it")
         return data.decode().removesuffix("\n").removesuffix("\r") if piped else data.decode()  # `echo` adds these
     except OSError as error:
-        raise refusal(f"{name} cannot be read ({error.strerror}); give a text file") from error
+        raise ValueError(f"{name} cannot be read ({error.strerror}); give a text file") from error
     except UnicodeDecodeError as error:
-        raise refusal(f"{name} is not UTF-8 text (byte {error.start}); convert it first") from error
+        raise ValueError(f"{name} is not UTF-8 text (byte {error.start}); convert it first") from error
 
 
 def read_tau(argument: str | None) -> float | list[float] | None:
@@ -130,191 +241,44 @@ def read_tau(argument: str | None) -> float | list[float] | None:
         return None if argument is None else float(argument)
     except ValueError:
         if not Path(argument).is_file():
-            raise refusal(f"tau takes a number or a JSON file with a list of them, not {argument!r}") from None
+            raise ValueError(f"tau takes a number or a JSON file with a list of them, not {argument!r}") from None
     values = read_json(Path(argument), list)
     for value in values:
         if type(value) not in (int, float):
-            raise refusal(f"{argument}: tau must be a number from 0 to 100, not {short(value)}")
+            raise ValueError(f"{argument}: tau must be a number from 0 to 100, not {short(value)}")
     return values
 
 
-def chat_prompt(folder: Path, message: str) -> str:
-    """A message as the OLMoE Instruct models expect it, if the model's own chat template has these tags and no other."""
-    template = chat_template(folder)
-    tags = set(re.findall(r"<\|\w+\|>", template)) - {"<|system|>", "<|endoftext|>"}
-    if tags != {"<|user|>", "<|assistant|>"}:
-        what = "another chat template than OLMoE's" if template else "no chat template"
-        hint = "leave out --chat, or use ports/roe_transformers.py, which renders any"
-        raise refusal(f"{folder} has {what}; {hint}")
-    return f"<|endoftext|><|user|>\n{message}\n<|assistant|>\n"
-
-
-def chat_template(folder: Path) -> str:
-    return ""
-
-
-def part_of(name: str) -> str:
-    """The part of the model that is made fast at once: an expert, a layer of them if fused, or "", all the rest."""
-    part = re.match(r"model\.(layers\.\d+\.mlp\.experts(\.\d+)?)\.", name)
-    return part[1] if part else ""
-
-
-def refusal(message: str, kind: type[Exception] = ValueError) -> Exception:
-    """The exception to raise."""
-    return kind(printable(message))
-
-
-def printable(message: str) -> str:
-    """One line, not too long, in which no name from a file can steer a terminal."""
-    message = message if len(message) <= 1000 else f"{message[:500]} ... {message[-500:]}"
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
-
-
-def find(source: str | Path | None, pattern: str | list[str], commit: str | None = None) -> Path:
-    """The directory that holds the model `source`, see `load`.
-
-    If that is a hub id, its files of that pattern are fetched first: the newest ones, or those of a commit.
-    """
-    if source is None:
-        return EMBEDDED
-    try:
-        if Path(source).is_dir():
-            return Path(source)
-    except OSError as error:
-        raise refusal(f"{source} cannot be read: {error.strerror}") from error
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise refusal(f"there is no directory {source}, and it is not a hub id (organisation/name)", FileNotFoundError)
-    from huggingface_hub import snapshot_download  # comes with tokenizers; imported here since it is slow to import
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(source), revision=commit, allow_patterns=pattern))
-    except GatedRepoError:
-        reason = "it is gated, accept its terms on its page and log in with `hf auth login`"
-    except RepositoryNotFoundError:
-        reason = "it has no such model, or a private one that needs `hf auth login`"
-    except Exception as error:  # the network's, the disk's or the hub's: versions of the library raise different ones
-        reason = str(error).split("\n")[0] or type(error).__name__
-    raise refusal(f"{source} is not a directory, and the hub does not deliver it: {reason}", FileNotFoundError)
-
-
-def read_file(file: Path, size: int = -1) -> bytes:
-    """The first `size` bytes of a regular file, by default all."""
-    try:
-        if not stat.S_ISREG(file.stat().st_mode):  # reading from a pipe or a device may never end
-            raise refusal(f"{file} is not a regular file")
-        with file.open("rb") as opened:
-            return opened.read(size)
-    except FileNotFoundError as error:
-        hint = "a model is a directory with config.json, tokenizer.json and safetensors weights"
-        raise refusal(f"there is no {file}; {hint}", FileNotFoundError) from error
-    except OSError as error:
-        raise refusal(f"{file} cannot be read: {error.strerror}") from error
-
-
-def read_json(file: Path, kind: type = dict) -> dict | list:
-    """A file that holds a JSON object, as a dict, or a list."""
-    data = read_file(file)
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise refusal(f"{file} is not JSON: {error}") from error
-    if not isinstance(value, kind):
-        raise refusal(f"{file} is not a JSON {'object' if kind is dict else 'list'}")
-    return value
-
-
-def read_config(file: Path, device: torch.device) -> Config:
-    """config.json as a `Config`. What it asks for beyond OLMoE as published is refused by name."""
-    raw = {"model_type": None} | read_json(file)
-    rope = {} if raw.get("rope_parameters") is None else raw["rope_parameters"]  # transformers 5 nests these fields
-    if not isinstance(rope, dict) or not rope.keys() <= {"rope_theta", "rope_type", "partial_rotary_factor"}:
-        raise refusal(f"{file}: rope_parameters {short(rope)} is not an object of rope_theta and rope_type")
-    raw |= rope
-    for name, value in IMPLEMENTED.items():
-        if raw.get(name, value) != value:
-            raise refusal(f"{file}: {name} {short(raw[name])} is not implemented, only {value!r}")
-    if raw.get("num_key_value_heads") is None:
-        raw["num_key_value_heads"] = raw.get("num_attention_heads")
-    eos = raw.get("eos_token_id")
-    ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    values = {"eos_token_id": eos}
-    for field in fields(Config):
-        value = raw.get(field.name)
-        if field.type not in KINDS or value is None and field.default is not MISSING:
-            continue
-        types, low, high = KINDS[field.type]
-        if type(value) not in types or not low <= value <= high:
-            kind = types[-1].__name__
-            raise refusal(f"{file}: {field.name} must be of type {kind}, from {low} to {high}, not {short(value)}")
-        values[field.name] = value
-    c = Config(**values)
-    unaligned = c.hidden_size % 8 or c.intermediate_size % 8
-    for wrong, sentence in (
-        (c.num_experts_per_tok > c.num_experts, "num_experts_per_tok must not exceed num_experts"),
-        (c.hidden_size % (2 * c.num_attention_heads), "hidden_size must be an even multiple of num_attention_heads"),
-        (c.num_attention_heads % c.num_key_value_heads, "num_key_value_heads must divide num_attention_heads"),
-        (raw.get("head_dim") not in (None, c.head_dim), "head_dim must be hidden_size / num_attention_heads"),
-        (not all(type(i) is int and 0 <= i < c.vocab_size for i in ids), "eos_token_id must be an id below vocab_size"),
-        (device.type == "cuda" and unaligned, "on GPUs 8 must divide hidden_size and intermediate_size (F.grouped_mm)"),
-    ):
-        if wrong:
-            raise refusal(f"{file}: {sentence}")
-    return c
-
-
-def read_tokenizer(file: Path, config: Config) -> Tokenizer:
-    """tokenizer.json as a `tokenizers.Tokenizer`."""
-    data = read_file(file)
-    try:
-        tokenizer = Tokenizer.from_buffer(data)
-        tokenizer.no_truncation()  # settings that training can leave in the file
-        tokenizer.no_padding()
-        ids = [*tokenizer.get_vocab().values(), *tokenizer.encode("").ids]  # also those put around every text
-        tokenizer.model.tokenize("\U0010ffff")  # no vocabulary has this: raises if the token for unknown ones is amiss
-    except Exception as error:  # the library raises nothing more specific
-        raise refusal(f"{file} is not a tokenizer: {error}") from error
-    if max(ids, default=0) >= config.vocab_size:
-        raise refusal(f"{file} has the token id {max(ids)}, but the model's vocab_size is only {config.vocab_size}")
-    return tokenizer
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a model: a single one, or the shards that its index lists."""
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if os.path.lexists(single):
-        return [single]
-    if not os.path.lexists(index):
-        hint = "other weights are not opened"
-        raise refusal(f"{path} has neither model.safetensors nor its index; {hint}", FileNotFoundError)
-    shards = read_json(index).get("weight_map")
+def weight_files(source: str | Path | None, folder: Path) -> list[Path]:
+    """The safetensors files of a model: a single one, or the shards that its index lists. The hub's are fetched."""
+    fetch_files(source, [SINGLE, INDEX], folder.name)
+    if os.path.lexists(folder / SINGLE):
+        return [folder / SINGLE]
+    if not os.path.lexists(folder / INDEX):
+        raise FileNotFoundError(f"{folder} has neither {SINGLE} nor its index; other weights are not opened")
+    shards = read_json(folder / INDEX).get("weight_map")
     if not isinstance(shards, dict):
-        raise refusal(f"{index} has no weight_map from tensors to files; download it again")
+        raise ValueError(f"{folder / INDEX} has no weight_map from tensors to files; download it again")
     for name in shards.values():
         if not re.fullmatch(r"[\w.-]+\.safetensors", str(name)):
-            raise refusal(f"{index} lists {name}, which is not a safetensors file beside it; it is not opened")
-    return [path / name for name in sorted(set(shards.values()))]
+            raise ValueError(
+                f"{folder / INDEX} lists {name!r}, which is no safetensors file beside it; it is not opened"
+            )
+    fetch_files(source, names := sorted(set(shards.values())), folder.name)
+    return [folder / name for name in names]
 
 
 def read_header(file: Path) -> list[tuple[str, tuple[int, ...], str]]:
-    """(name, shape, dtype name) of each tensor in a safetensors file."""
+    """(name, shape, dtype name) of each tensor in a safetensors file, but for the angles that old versions kept."""
     read_file(file, 0)  # says what is wrong with it as a file
     try:
         with safe_open(file, "pt") as shard:
-            slices = [(name, shard.get_slice(name)) for name in shard.keys()]
+            slices = [
+                (name, shard.get_slice(name)) for name in shard.keys() if not name.endswith("rotary_emb.inv_freq")
+            ]
             return [(name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices]
     except SafetensorError as error:
-        raise refusal(f"{file} is not a complete safetensors file, download it again: {error}") from error
-
-
-def pick_dtype(name: str) -> torch.dtype | None:
-    """A torch.dtype from its name; None for "auto", the one that the weights are stored in."""
-    if name == "auto":
-        return None
-    dtype = getattr(torch, str(name).removeprefix("torch."), None)
-    if dtype not in DTYPES.values():
-        raise refusal(f"dtype {name} is unknown; use auto, bfloat16, float16 or float32")
-    return dtype
+        raise ValueError(f"{file} is not a complete safetensors file, download it again: {error}") from error
 
 
 def pick_device(name: str) -> torch.device:
@@ -327,15 +291,15 @@ def pick_device(name: str) -> torch.device:
         return zero.device
     except Exception as error:  # each kind of device has its own way to say that it is not there
         reason = str(error).split("\n")[0].split(". ")[0]
-        raise refusal(f"device {name} cannot be used, try cpu: {reason}") from error
+        raise ValueError(f"device {name} cannot be used, try cpu: {reason}") from error
 
 
 def stored_name(name: str) -> str:
     """A parameter's name in a checkpoint."""
-    return name if name == "lm_head.weight" else f"model.{name}"
+    return name if name == HEAD else f"model.{name}"
 
 
-def one_by_one(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+def one_by_one(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """A tensor of a checkpoint as it is or, if it holds all experts of a layer fused as [E, ...], those of each."""
     prefix, _, fused = name.rpartition(".")
     if not prefix.endswith(".experts") or tensor.dim() != 3:
@@ -347,25 +311,27 @@ def one_by_one(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Ten
             yield f"{prefix}.{e}.{part}_proj.weight", weight
 
 
-def check_sizes(path: Path, stored: list, config: Config) -> None:
-    """Raises ValueError for sizes that would take long to lay out, only to find that they do not fit."""
-    L, E, experts = config.num_hidden_layers, config.num_experts, 0
-    for name, shape, dtype in stored:
+def lay_out(folder: Path, stored: list, config: Config) -> OLMoE:
+    """The model without its weights. ValueError unless it needs what is stored: (file, name, shape, dtype) each."""
+    L, E, misfit, parts = config.num_hidden_layers, config.num_experts, f"{folder} does not fit its config.json; ", []
+    for _, name, shape, dtype in stored:
         if dtype not in DTYPES:
-            raise refusal(f"{path}: {name} is stored as {dtype}; only {', '.join(DTYPES)} are implemented")
+            raise ValueError(f"{folder}: {name} is stored as {dtype}; only {', '.join(DTYPES)} are implemented")
         if 0 in shape or len(shape) > 3 or len(shape) == 3 and shape[0] != E:  # only E fused experts have 3 dimensions
-            raise refusal(f"{path} does not fit its config.json; tensors of the wrong shape: {name} {shape}")
-        experts += shape[0] if len(shape) == 3 else ".experts." in name
-    if L * E > experts:
-        raise refusal(f"{path} does not fit its config.json; it has no weights for {L} layers of {E} experts")
-
-
-def check_tensors(path: Path, stored: list, model: OLMoE) -> None:
-    """Raises ValueError unless the tensors stored, as (name, shape, dtype) each, are those that the model needs."""
-    want = {stored_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    meta = (one_by_one(name, torch.empty(shape, device="meta")) for name, shape, _ in stored)
-    parts = [(name, tuple(tensor.shape)) for tensors in meta for name, tensor in tensors]
-    have = dict(parts)
+            raise ValueError(f"{misfit}tensors of the wrong shape: {name} {shape}")
+        parts += [(part, tuple(t.shape)) for part, t in one_by_one(name, torch.empty(shape, device="meta"))]
+    if 3 * L * E > len(parts):  # which would take long to lay out
+        raise ValueError(f"{misfit}it has no weights for {L} layers of {E} experts")
+    with torch.device("meta"):
+        model = OLMoE(config).requires_grad_(False)
+    want, have = {stored_name(name): tuple(p.shape) for name, p in model.named_parameters()}, dict(parts)
+    if config.tie_word_embeddings and HEAD in have:  # either of the two may stand for both
+        have.setdefault(EMBEDDING, have.pop(HEAD))
+    hint = (
+        "; names lack the prefix model.: save the whole OlmoeForCausalLM"
+        if any("model." + n in want for n in have)
+        else ""
+    )
     for problem, names in (
         ("stored twice", [name for name, count in Counter(name for name, _ in parts).items() if count > 1]),
         ("missing", [name for name in want if name not in have]),
@@ -374,4 +340,11 @@ def check_tensors(path: Path, stored: list, model: OLMoE) -> None:
     ):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise refusal(f"{path} does not fit its config.json; tensors {problem}: {', '.join(names[:3])}{more}")
+            raise ValueError(f"{misfit}tensors {problem}: {', '.join(names[:3])}{more}{hint}")
+    return model
+
+
+def printable(message: str) -> str:
+    """One line, not too long, in which no name from a file can steer a terminal."""
+    message = message if len(message) <= 1000 else f"{message[:500]} ... {message[-500:]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)

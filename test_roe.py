@@ -9,6 +9,7 @@ here are of order 1 to 10, so 1e-4 is far above the rounding and far below the e
 
 import contextlib
 import copy
+import dataclasses
 import http.server
 import importlib.util
 import inspect
@@ -32,7 +33,7 @@ import pytest
 import tokenizers
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache, OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
+from transformers import DynamicCache, OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast, logging
 
 import roe
 from cache import BranchingCache, SharedCache
@@ -41,6 +42,7 @@ from model import (
     Config,
     Expert,
     Experts,
+    OLMoE,
     PackedLinear,
     SortedExperts,
     StackedExperts,
@@ -53,6 +55,7 @@ from model import (
     widens_on,
 )
 
+logging.disable_progress_bar()
 torch.set_num_threads(1)  # models this small do not gain from more, and lose where the processor is shared
 
 ROOT = Path(__file__).parent
@@ -315,6 +318,60 @@ def test_settings_left_in_a_tokenizer(small, tmp_path):
     assert read_tokenizer(tmp_path / "tokenizer.json").encode("abc").ids == expected
 
 
+LEFTOVERS = {
+    "angles, as transformers 4 kept them": {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(8)},
+    "tied, both stored": {"lm_head.weight": None},
+    "tied, as save_model keeps one": {"lm_head.weight": None, "model.embed_tokens.weight": "gone"},
+    "rope_scaling": {"rope_scaling": {"type": "default"}, "rope_parameters": None, "rope_theta": 10000.0},
+    "rope_parameters": {"rope_parameters": {"rope_type": "default", "type": "default", "rope_theta": 10000.0}},
+    "a token that no text has": {"tokenizer": 400},
+}
+
+
+@pytest.mark.parametrize("name", LEFTOVERS)
+@torch.inference_mode()
+def test_what_libraries_leave_in_checkpoints(tmp_path, cli, name):
+    """Transformers reads all of these; the logits are those of the model that was saved."""
+    left, tokens = LEFTOVERS[name], torch.tensor([random_tokens(20)])
+    hf = save(tmp_path, changes={"tie_word_embeddings": "tied" in name})
+
+    def change(content):
+        for key, value in left.items():
+            content[key] = (
+                content["model.embed_tokens.weight"].clone() if value is None and key != "rope_parameters" else value
+            )
+            if isinstance(value, str):
+                del content[key]
+
+    if name.startswith("rope"):
+        rewrite(tmp_path / "config.json", change)
+    elif "tokenizer" in left:
+        tokenizer_with(vocab={"x": 1, "y": 400})(tmp_path)
+        refused(cli("--model", tmp_path, "--prompt", "xy"), "has the token id 400, but vocab_size is only 304")
+        assert cli("--model", tmp_path, "--prompt", "xx", "--max-new-tokens", "1")[0] == 0
+    else:
+        rewrite(tmp_path / "model.safetensors", change)
+    for model in (load(tmp_path, "cpu")[0], lambda tokens: OlmoeForCausalLM.from_pretrained(tmp_path)(tokens).logits):
+        torch.testing.assert_close(model(tokens), hf(tokens).logits, **CLOSE)
+    if name == "tied, both stored":
+        rewrite(tmp_path / "model.safetensors", lambda tensors: tensors["lm_head.weight"].mul_(2))
+        refused(cli("--model", tmp_path, "--prompt", "x"), "has tied embeddings by its config.json, but stores another")
+
+
+def test_where_text_ends(small, tmp_path):
+    """At generation_config.json's ids or else config.json's, as in transformers; ids that no token has are ignored."""
+    for file in small.path.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    cases = [(7, None, [7]), ([7, 8], {}, [7, 8]), (7, {"eos_token_id": [9, 264]}, [9, 264]), (None, None, [])]
+    cases += [(7, {"eos_token_id": 0}, [0]), (304, None, []), ([-1, 5], {"pad_token_id": 1}, [5])]
+    for own, generation, expected in cases:
+        (tmp_path / "generation_config.json").unlink(missing_ok=True)
+        config_with(eos_token_id=own)(tmp_path)
+        if generation is not None:
+            (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+        assert load(tmp_path, "cpu")[0].config.eos_token_id == expected
+
+
 @torch.inference_mode()
 def test_bfloat16_is_as_close_to_float32_as_transformers_is(tmp_path):
     """Two roundings of the same numbers differ from each other, so both are compared with float32.
@@ -327,6 +384,22 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_is(tmp_path):
     exact = hf.float()(tokens).logits
     error = (ours - exact).abs().median()
     assert 0 < error < 1.25 * (theirs - exact).abs().median()
+
+
+def test_a_new_model_learns():
+    """From its initial weights a model learns a text of 16 tokens by heart, in a few steps of ordinary training."""
+    torch.manual_seed(0)
+    fields = [field.name for field in dataclasses.fields(Config)]
+    model = OLMoE(Config(**{name: value for name, value in SMALL.items() if name in fields}))
+    tokens, losses = torch.tensor([random_tokens(16)]), []
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(30):
+        losses.append(F.cross_entropy(model(tokens[:, :-1])[0], tokens[0, 1:]))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert abs(losses[0].item() - math.log(304)) < 0.5 and losses[-1] < 0.2
+    assert all(parameter.grad is not None for name, parameter in model.named_parameters() if ".experts." not in name)
 
 
 def test_embedded_model_loads_in_transformers_too(embedded):

@@ -62,24 +62,20 @@ def load(source=None, device: str = "auto", dtype: str = "auto", fast: bool = Tr
         fast: with what `model.speed_up` does: for inference only, and where and as it is. False: the plain model, which
             can be moved, converted, copied and trained.
 
-    Raises:
-        FileNotFoundError: a file, a directory or a hub id that is not there.
-        ValueError: a file that is unreadable, broken or asks for what is not implemented, tensors that do not fit, an
-            unknown device or dtype.
+    Raises FileNotFoundError: a file, a directory or a hub id that is not there; ValueError: a file that is unreadable,
+    broken or asks for what is not implemented, tensors that do not fit, an unknown device or dtype.
     """
     kind = getattr(torch, str(dtype).removeprefix("torch."), None)
     if dtype != "auto" and kind not in DTYPES.values():
         raise ValueError(f"dtype {dtype} is unknown; use auto, bfloat16, float16 or float32")
     device = pick_device(device)
     folder, config, tokenizer = read_description(source, device)
-    files = weight_files(source, folder)
-    stored = [(file, *tensor) for file in files for tensor in read_header(file)]
-    model = lay_out(folder, stored, config)
+    stored = stored_tensors(source, folder)
+    model, files = lay_out(folder, stored, config), {file for file, *_ in stored}
     if dtype == "auto":
         small = device.type == "cpu" and sum(file.stat().st_size for file in files) < SMALL
-        kind = (
-            torch.float32 if small else next(DTYPES[dtype] for _, name, _, dtype in stored if name in (EMBEDDING, HEAD))
-        )
+        stored_as = next(dtype for _, name, _, dtype in stored if name in (EMBEDDING, HEAD))
+        kind = torch.float32 if small else DTYPES[stored_as]
     state, shards = {}, {file: safe_open(file, "pt", backend="pread") for file in files}  # mapped pages would stay
     for file, name, *_ in tqdm(stored, desc="loading", unit="tensor", leave=False, delay=1, disable=None):
         state |= {part: tensor.to(device, kind) for part, tensor in one_by_one(name, shards[file].get_tensor(name))}
@@ -106,10 +102,10 @@ def fetch_files(source: str | Path | None, names: list[str], revision: str | Non
     if source is None:
         return EMBEDDED
     try:
-        if Path(source).expanduser().is_dir():
-            return Path(source).expanduser()
+        if (folder := Path(source).expanduser()).is_dir():
+            return folder
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"{source} cannot be read: {getattr(error, 'strerror', error)}") from error
+        raise ValueError(f"{source} cannot be read: {error}") from error
     hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(source))
     if not hub_id:
         raise FileNotFoundError(f"there is no directory {source}, and it is not a hub id (organisation/name)")
@@ -170,9 +166,8 @@ def read_config(folder: Path, device: torch.device) -> Config:
     for name, value in values.items():
         kind, low, high = ALLOWED[name]
         if type(value) not in ((int, float) if kind is float else (kind,)) or not low <= value <= high:
-            raise ValueError(
-                f"{file}: {name} must be of type {kind.__name__}, from {low} to {high}, not {short(value)}"
-            )
+            what = f"of type {kind.__name__}, from {low} to {high}"
+            raise ValueError(f"{file}: {name} must be {what}, not {short(value)}")
     eos = (read_json(ends) if ends.exists() else {}).get("eos_token_id")  # as in transformers, this one comes first
     eos = raw.get("eos_token_id") if eos is None else eos
     eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
@@ -206,11 +201,11 @@ def read_tokenizer(file: Path) -> Tokenizer:
 
 def chat_prompt(folder: Path, message: str) -> str:
     """A message as the OLMoE Instruct models expect it, if the model's own template has their tags and no other."""
-    file, template = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    template = read_json(template).get("chat_template") if template.exists() else None
-    if isinstance(template, list):  # several, with names
-        template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
-    template = read_file(file).decode(errors="replace") if file.exists() else template or ""
+    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if file.exists():
+        template = read_file(file).decode(errors="replace")
+    else:  # a text, or several with names
+        template = str(read_json(config).get("chat_template") or "") if config.exists() else ""
     if set(re.findall(r"<\|\w+\|>", template)) - {"<|system|>", "<|endoftext|>"} != {"<|user|>", "<|assistant|>"}:
         what = "another chat template than OLMoE's" if template else "no chat template"
         raise ValueError(f"--chat: {folder} has {what}; ports/roe_transformers.py --chat renders any")
@@ -249,42 +244,35 @@ def read_tau(argument: str | None) -> float | list[float] | None:
     return values
 
 
-def weight_files(source: str | Path | None, folder: Path) -> list[Path]:
-    """The safetensors files of a model: a single one, or the shards that its index lists. The hub's are fetched."""
+def stored_tensors(source: str | Path | None, folder: Path) -> list[tuple[Path, str, tuple[int, ...], str]]:
+    """(file, name, shape, dtype name) of each tensor in a model's safetensors: one file, or the shards of an index."""
     fetch_files(source, [SINGLE, INDEX], folder.name)
-    if os.path.lexists(folder / SINGLE):
-        return [folder / SINGLE]
-    if not os.path.lexists(folder / INDEX):
-        raise FileNotFoundError(f"{folder} has neither {SINGLE} nor its index; other weights are not opened")
-    shards = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(shards, dict):
-        raise ValueError(f"{folder / INDEX} has no weight_map from tensors to files; download it again")
-    for name in shards.values():
-        if not re.fullmatch(r"[\w.-]+\.safetensors", str(name)):
-            raise ValueError(
-                f"{folder / INDEX} lists {name!r}, which is no safetensors file beside it; it is not opened"
-            )
-    fetch_files(source, names := sorted(set(shards.values())), folder.name)
-    return [folder / name for name in names]
-
-
-def read_header(file: Path) -> list[tuple[str, tuple[int, ...], str]]:
-    """(name, shape, dtype name) of each tensor in a safetensors file, but for the angles that old versions kept."""
-    read_file(file, 0)  # says what is wrong with it as a file
-    try:
-        with safe_open(file, "pt") as shard:
-            slices = [
-                (name, shard.get_slice(name)) for name in shard.keys() if not name.endswith("rotary_emb.inv_freq")
-            ]
-            return [(name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices]
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a complete safetensors file, download it again: {error}") from error
+    index, shards = folder / INDEX, {"all": SINGLE}
+    if not os.path.lexists(folder / SINGLE):
+        if not os.path.lexists(index):
+            raise FileNotFoundError(f"{folder} has neither {SINGLE} nor its index; other weights are not opened")
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise ValueError(f"{index} has no weight_map from tensors to files; download it again")
+        for name in shards.values():
+            if not re.fullmatch(r"[\w.-]+\.safetensors", str(name)):
+                raise ValueError(f"{index} lists {name!r}, which is no safetensors file beside it; it is not opened")
+        fetch_files(source, list(shards.values()), folder.name)
+    stored = []
+    for file in (folder / name for name in sorted(set(shards.values()))):
+        read_file(file, 0)  # says what is wrong with it as a file
+        try:
+            with safe_open(file, "pt") as opened:
+                tensors = [(name, opened.get_slice(name)) for name in opened.keys()]
+                stored += [(file, name, tuple(tensor.get_shape()), tensor.get_dtype()) for name, tensor in tensors]
+        except SafetensorError as error:
+            raise ValueError(f"{file} is not a complete safetensors file, download it again: {error}") from error
+    return [tensor for tensor in stored if not tensor[1].endswith("rotary_emb.inv_freq")]  # which old versions kept
 
 
 def pick_device(name: str) -> torch.device:
     """A torch.device from its name; "auto": a GPU if there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
         zero = torch.zeros(1, device=name)
         zero.item()  # "meta" has devices, but no data
@@ -327,11 +315,8 @@ def lay_out(folder: Path, stored: list, config: Config) -> OLMoE:
     want, have = {stored_name(name): tuple(p.shape) for name, p in model.named_parameters()}, dict(parts)
     if config.tie_word_embeddings and HEAD in have:  # either of the two may stand for both
         have.setdefault(EMBEDDING, have.pop(HEAD))
-    hint = (
-        "; names lack the prefix model.: save the whole OlmoeForCausalLM"
-        if any("model." + n in want for n in have)
-        else ""
-    )
+    base = any("model." + name in want for name in have)
+    hint = "; names lack the prefix model.: save the whole OlmoeForCausalLM" if base else ""
     for problem, names in (
         ("stored twice", [name for name, count in Counter(name for name, _ in parts).items() if count > 1]),
         ("missing", [name for name in want if name not in have]),

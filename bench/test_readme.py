@@ -1,0 +1,68 @@
+"""README's commands and Python lines run as they stand, and print what README says that they print."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines() if line.startswith("python ")]
+PYTHON = [block for kind, block in BLOCKS if kind == "python"]
+
+
+def run(command, **options):
+    """Runs a shell command of README's, with this Python; returns what it printed."""
+    command = command.replace("python ", f"{shlex.quote(sys.executable)} ", 1)
+    result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, **options)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_first_command_prints_what_follows():
+    command = re.search(r"&& (python roe.py .*)", README)[1]
+    (printed,) = [block for kind, block in BLOCKS if kind == "" and "def __init__" in block]
+    assert run(command).startswith("\n" + printed.rstrip("\n"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands(command, tmp_path):
+    (tmp_path / "text").write_text((ROOT / "tiny" / "validation.txt").read_text(encoding="utf-8")[:1500])
+    text, more = shlex.quote(str(tmp_path / "text")), ""
+    for name, real in (("< file", f"< {text}"), ("FILE", text), ("DIRECTORY", "tiny"), ("tiny/heldout.txt", text)):
+        command = command.replace(name, real)
+    if "tune.py" in command:
+        command, more = command.replace("tau.json ", f"{tmp_path}/tau.json --trials 2 ", 1), "rosters"
+    assert run(command) or more
+
+
+def test_python_lines(capsys):
+    """Those that are whole: two loops print one text, since the second is the first by hand."""
+    names = {}
+    for block in PYTHON:
+        compile(block, "README.md", "exec")
+        if "AutoModelForCausalLM" not in block and "predictions" not in block:
+            exec(block, names)
+    written = capsys.readouterr().out
+    assert written[: len(written) // 2] == written[len(written) // 2 :] != ""
+    assert names["log_probs"].shape == (8, len(names["tokens"]) - 1)
+
+
+def test_five_lines():
+    """They compute what `roe.py` does, for a layer and a token."""
+    import torch
+
+    import roe
+
+    E, L, n, k, tau, seed, position, layer = 16, 6, 4, 2, 0.5, 3, 7, 2
+    names = {name: value for name, value in locals().items() if name != "roe"} | {"gumbel": roe.gumbel}
+    names["logits"], names["predictions"] = torch.randn(1, 1, E), torch.randn(n, 10)
+    (block,) = [block for block in PYTHON if "predictions" in block]
+    exec(block, names)
+    weights, indices = roe.stochastic_route(names["logits"], names["noise"][:, None, layer], k)
+    assert torch.equal(names["indices"], indices) and torch.equal(names["weights"], weights)
+    torch.testing.assert_close(names["p"].log(), roe.aggregate(names["predictions"]))

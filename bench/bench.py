@@ -22,7 +22,6 @@ import copy
 import functools
 import itertools
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -352,6 +351,8 @@ def serve(args: argparse.Namespace) -> None:
     for line in sys.stdin:
         method, arguments = json.loads(line)
         if method == "peak":
+            import resource  # here, because Windows has none
+
             peak = torch.cuda.max_memory_allocated() if args.device.startswith("cuda") else None
             answer = peak or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         else:

@@ -8,7 +8,6 @@ Transparent and in colours of medium brightness, so that they can be read on lig
 import io
 import math
 import os
-import pty
 import subprocess
 import sys
 from collections import defaultdict
@@ -244,6 +243,8 @@ def draw_margin() -> None:
 
 def draw_show() -> None:
     """What a terminal shows, as a picture of that terminal."""
+    import pty  # here, because Windows has none
+
     command = ["roe.py", "--prompt", "class Error(Exception):", "--rosters", "32", "--max-new-tokens", "55", "--show"]
     reader, terminal = pty.openpty()
     process = subprocess.Popen([sys.executable, *command], stdout=terminal, stderr=subprocess.DEVNULL, cwd=ROOT)

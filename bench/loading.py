@@ -11,7 +11,6 @@ appends them to bench/results/loading.jsonl.
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,8 @@ from load import load
 
 def serve(what: str, folder: Path) -> None:
     """Does one thing, and prints its seconds and the process's peak memory in bytes."""
+    import resource  # here, because Windows has none
+
     start = time.perf_counter()
     result = load(folder, "cpu") if what == "load" else [path.read_bytes() for path in folder.glob("*.safetensors")]
     seconds = time.perf_counter() - start

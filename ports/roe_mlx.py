@@ -6,9 +6,12 @@ letter of equation 1, would take rewriting every router. Quantise a model before
 """
 
 import argparse
+import json
 import math
+import os
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -18,9 +21,20 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 
-def gumbel(shape, key):
-    """I.i.d. Gumbel(0, 1) noise, float32. All noise comes from here: one call per noisy layer and token, [n - 1, E]."""
-    return mx.random.gumbel(shape, key=key)
+def roster_keys(seed, position, rosters):
+    """MLX's keys, uint32 [rosters, 2], of a token: functions of the seed, its position in its text and the roster."""
+    key = mx.random.split(mx.random.key(seed), 1)[0] ^ mx.random.key(position)
+    return mx.random.split(key, 1) ^ mx.stack([mx.random.key(roster) for roster in range(rosters)])
+
+
+def gumbel(seed, position, rosters, layers, experts):
+    """The noise of a token: i.i.d. Gumbel(0, 1), G [rosters - 1, layers, experts], float32.
+
+    Rosters have keys of their own, so that those of m are the first of n; there is none for the clean one. All noise
+    comes from here. The numbers are MLX's, not those of roe.py.
+    """
+    noise = mx.vmap(lambda key: mx.random.gumbel((layers, experts), key=key))
+    return noise(roster_keys(seed, position, rosters))[1:]
 
 
 class CleanCache:
@@ -43,10 +57,11 @@ def clean_cache(model):
 
 
 def add_roe(model, rosters, tau=0.2, skip=1, seed=0):
-    """Makes routers noisy (equation 1) at the last position of rows 1 to n - 1; a single row runs the plain model.
+    """Makes a model route n equal rows with noise (equation 1) at their last position; one row runs the plain model.
 
-    rosters: the n of `generate`. tau: a number for all mixture layers but the first and last `skip`, or a list of one
-    per mixture layer. Raises ValueError: a model or an argument with which this cannot be done.
+    rosters: n. tau: a number for all mixture layers but the first and last `skip`, or one for each of them. seed: of
+    the noise, a function of it and of the token's position in its text, which is what the cache holds before it.
+    Raises ValueError: a model or an argument with which this cannot be done.
     """
     remove_roe(model)
     clean_cache(model)
@@ -58,26 +73,31 @@ def add_roe(model, rosters, tau=0.2, skip=1, seed=0):
         routers += linear if len(linear) == len(experts) else [None]
     if not routers or None in routers:
         raise ValueError(f"no router was found in {model.model_type}: RoE needs linear layers named gate or router")
-    tau = tau if isinstance(tau, list) else [tau if skip <= i < len(routers) - skip else 0 for i in range(len(routers))]
-    if rosters < 1 or skip < 0 or len(tau) != len(routers) or not all(0 <= t < math.inf for t in tau):
-        raise ValueError(f"{rosters=} must be at least 1, {skip=} and {tau=} at least 0, a list {len(routers)} long")
-    roe = SimpleNamespace(rosters=rosters, rows=1, seed=seed, key=mx.random.key(seed))
+    L = len(routers)
+    tau = list(tau) if hasattr(tau, "__len__") else [tau if skip <= i < L - skip else 0 for i in range(L)]
+    if not (rosters > 0 <= skip and len(tau) == L and all(0 <= t < math.inf for t in tau) and 0 <= seed < 2**64):
+        raise ValueError(f"{rosters=}, {skip=}, {tau=}, {seed=}: need >= 1, >= 0, {L} >= 0, from 0 to 2**64 - 1")
+    roe = SimpleNamespace(rosters=rosters, seed=seed, rows=1)
 
     def noisy(self, x):
         logits = type(self).__base__.__call__(self, x)
         if roe.rows == 1:
             return logits
-        roe.key, key = mx.random.split(roe.key)
-        noise = self.tau * gumbel((roe.rows - 1, logits.shape[-1]), key)
         by_row = logits.reshape(roe.rows, -1, logits.shape[-1])  # some models flatten rows and positions
-        return by_row.at[1:, -1].add(noise.astype(logits.dtype)).reshape(logits.shape)
+        return by_row.at[1:, -1].add(roe.noise[:, self.layer].astype(logits.dtype)).reshape(logits.shape)
 
-    def forward(self, inputs, *args, **kwargs):
+    def forward(self, inputs, *, cache=None, **kwargs):
         roe.rows = len(inputs)
-        return type(self).__base__.__call__(self, inputs, *args, **kwargs)
+        if roe.rows > 1:
+            if roe.rows != rosters or (inputs != inputs[:1]).any():
+                raise ValueError(f"a batch must have one row, or {rosters} equal ones for the rosters")
+            position = inputs.shape[1] - 1 + (cache[0].offset if cache else 0)
+            roe.noise = mx.array(tau)[:, None] * gumbel(seed, position, rosters, L, len(routers[0].weight))
+        return type(self).__base__.__call__(self, inputs, cache=cache, **kwargs)
 
-    for module, call, t in [(model, forward, 0), *((r, noisy, t) for r, t in zip(routers, tau) if t > 0)]:
-        module.__class__ = type(type(module).__name__, (type(module),), {"__call__": call, "roe": roe, "tau": t})
+    noisy_routers = [(router, noisy, layer) for layer, router in enumerate(routers) if tau[layer] > 0]
+    for module, call, layer in [(model, forward, None), *noisy_routers]:
+        module.__class__ = type(type(module).__name__, (type(module),), {"__call__": call, "roe": roe, "layer": layer})
 
 
 def remove_roe(model):
@@ -95,18 +115,23 @@ def average(logits):
 def generate(model, tokens, max_new_tokens=128, sampler=None, stop=()):
     """Yields new token ids. Reads the prompt, a list of ids, with one row, and goes on from its last token with all.
 
-    sampler: mlx_lm's; None: greedy. stop: ids that end the text. `model.roe` shows the cache and counts the overruled.
+    sampler: mlx_lm's; None: greedy. It draws from MLX's global generator, which is seeded for each position: a text
+    that is cut and continued goes on as if it had not been. stop: ids that end the text. `model.roe` shows the cache
+    and counts the overruled.
     """
     if not hasattr(model, "roe") or len(tokens) == 0:
         raise ValueError("generate needs a model with RoE (see add_roe) and a prompt of at least one token")
     roe, token = model.roe, tokens[-1]
-    roe.key, roe.cache, roe.overruled = mx.random.key(roe.seed), clean_cache(model), 0
+    roe.cache, roe.overruled = clean_cache(model), 0
     for start in range(0, len(tokens) - 1, 2048):
         model(mx.array(tokens[start:-1][:2048])[None], cache=roe.cache)
         mx.eval([cache.state for cache in roe.cache])
-    for _ in range(max_new_tokens):
+    for position in range(len(tokens) - 1, len(tokens) - 1 + max_new_tokens):
         logits = model(mx.full((roe.rosters, 1), token), cache=roe.cache)[:, -1]
         log_probs = average(logits)
+        if sampler:
+            high, low = roster_keys(roe.seed, position, 1)[0].tolist()  # the clean roster's, which has no noise
+            mx.random.seed(high * 2**32 + low)
         token = (sampler(log_probs[None]) if sampler else log_probs.argmax()).item()
         if token in stop:
             return
@@ -114,27 +139,44 @@ def generate(model, tokens, max_new_tokens=128, sampler=None, stop=()):
         yield token
 
 
+def read_tau(argument):
+    """What --tau stands for: a number, or else a JSON file with a list of one per mixture layer."""
+    try:
+        return [*map(float, json.loads(Path(argument).read_text()))] if os.path.isfile(argument) else float(argument)
+    except (ValueError, TypeError):
+        raise ValueError(f"tau takes a number or a JSON file with a list of them, not {argument!r}") from None
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.error = lambda message: parser.exit(2, f"roe_mlx.py: error: {' '.join(str(message).split())}\n")
     parser.add_argument("--model", required=True, help="hub id or directory")
-    read = lambda text: sys.stdin.read() if text == "-" else text
-    parser.add_argument("--prompt", required=True, type=read, help="- reads it from standard input")
+    parser.add_argument("--prompt", required=True, help="- reads it from standard input")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the tokenizer's chat template")
-    defaults = {"rosters": 4, "tau": 0.2, "skip": 1, "seed": 0, "max_new_tokens": 128, "temperature": 0.0, "top_p": 1.0}
+    files = "or a JSON file of one per mixture layer [tau.json beside the model, else 0.2]"
+    parser.add_argument("--tau", help=f"noise temperature, {files}")
+    defaults = {"rosters": 4, "skip": 1, "seed": 0, "max_new_tokens": 128, "temperature": 0.0, "top_p": 1.0}
     for name, default in defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"[{default}]")
     args, times = parser.parse_args(), []
     if args.max_new_tokens < 1 or not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
         parser.error("--max-new-tokens must be at least 1, --temperature at least 0, --top-p above 0 and at most 1")
     try:
+        text = args.prompt
+        if text == "-":
+            piped = open(0, encoding="utf-8", newline="", closefd=False).read()
+            text = piped.removesuffix("\n").removesuffix("\r")  # which `echo` adds
         model, tokenizer = mlx_lm.load(args.model)
         if mx.default_device() == mx.cpu:
             model.set_dtype(mx.float32)  # on CPUs, MLX multiplies experts in no other
-        encode, chat = tokenizer.apply_chat_template, [{"role": "user", "content": args.prompt}]
-        tokens = encode(chat, add_generation_prompt=True) if args.chat else tokenizer.encode(args.prompt)
-        add_roe(model, args.rosters, args.tau, args.skip, args.seed)
-        mx.random.seed(args.seed)
+        folder = Path(args.model) if os.path.exists(args.model) else mlx_lm.utils.hf_repo_to_path(args.model)
+        beside = str(folder / "tau.json") if (folder / "tau.json").is_file() else "0.2"
+        tau = read_tau(beside if args.tau is None else args.tau)
+        if args.skip != 1 and isinstance(tau, list):
+            raise ValueError("--skip is for one --tau; a file of temperatures says what every layer gets")
+        add_roe(model, args.rosters, tau, args.skip, args.seed)
+        encode, chat = tokenizer.apply_chat_template, [{"role": "user", "content": text}]
+        tokens = encode(chat, add_generation_prompt=True) if args.chat else tokenizer.encode(text)
         sampler, words = mlx_lm.sample_utils.make_sampler(args.temperature, args.top_p), tokenizer.detokenizer
         for token in generate(model, tokens, args.max_new_tokens, sampler, tokenizer.eos_token_ids):
             times.append(time.perf_counter())

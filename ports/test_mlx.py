@@ -66,9 +66,11 @@ mx = pytest.importorskip("mlx.core", reason="MLX is not installed")
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
 import mlx.nn as nn
+import mlx_lm
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.sample_utils import make_sampler
 from mlx_lm.utils import load_model
 
 ROOT = Path(__file__).parent.parent
@@ -199,9 +201,9 @@ def run_alone(model, biases, token, cache):
 
 @pytest.fixture
 def noise(monkeypatch):
-    """A list of all noise that is drawn from now on."""
+    """A list of all that is drawn from now on: (the arguments of gumbel, its noise)."""
     drawn, gumbel = [], roe_mlx.gumbel
-    monkeypatch.setattr(roe_mlx, "gumbel", lambda shape, key: drawn.append(gumbel(shape, key)) or drawn[-1])
+    monkeypatch.setattr(roe_mlx, "gumbel", lambda *args: drawn.append((args, gumbel(*args))) or drawn[-1][1])
     return drawn
 
 
@@ -210,19 +212,20 @@ def noise(monkeypatch):
 def test_every_row_equals_a_run_of_its_own(family, quantised, noise):
     model, alone = build(family, quantised), build(family, quantised)
     tau = [0.0, 0.3, 0.6, 0.0]
-    roe_mlx.add_roe(model, 4, tau)
+    roe_mlx.add_roe(model, 4, tau, seed=7)
     routers = noisy_routers(model)
     assert len(routers) == 2
     clean, history = roe_mlx.clean_cache(model), make_prompt_cache(alone)
     model(mx.array([PROMPT]), cache=clean)
     alone(mx.array([PROMPT]), cache=history)
     assert not noise  # one row is the clean path
-    for token in (7, 1, 8, 28, 18):
+    for position, token in enumerate((7, 1, 8, 28, 18), len(PROMPT)):
         rows = model(mx.full((4, 1), token), cache=clean)[:, -1]
-        assert [g.shape for g in noise] == [(3, 8), (3, 8)]
+        ((arguments, G),) = noise  # drawn once for all layers, of which there are four, each with eight experts
+        assert arguments == (7, position, 4, 4, 8) and G.shape == (3, 4, 8)
         expected = []
         for row in range(1, 4):
-            biases = {name: t * g[row - 1] for name, t, g in zip(routers, tau[1:3], noise)}
+            biases = {name: tau[layer] * G[row - 1, layer] for layer, name in enumerate(routers, 1)}
             expected.append(run_alone(alone, biases, token, copy.deepcopy(history)))
         expected = mx.stack([run_alone(alone, {}, token, history), *expected])
         assert mx.abs(rows - expected).max().item() < TOLERANCE
@@ -275,20 +278,86 @@ def test_rows_may_read_several_tokens_at_once(noise):
     roe_mlx.add_roe(model, 3, 0.5)
     at_once, in_turn = roe_mlx.clean_cache(model), roe_mlx.clean_cache(model)
     rows = model(mx.array([PROMPT] * 3), cache=at_once)[:, -1]
-    first = list(noise)
     model(mx.array([PROMPT[:-1]]), cache=in_turn)
-    replay = iter(first)
-    roe_mlx.gumbel = lambda shape, key: next(replay)  # the fixture puts it back
     expected = model(mx.full((3, 1), PROMPT[-1]), cache=in_turn)[:, -1]
+    without_cache = model(mx.array([PROMPT] * 3))[:, -1]
+    assert [arguments for arguments, _ in noise] == [(0, len(PROMPT) - 1, 3, 4, 8)] * 3
     assert mx.abs(rows - expected).max().item() < TOLERANCE
+    assert mx.abs(without_cache - expected).max().item() < TOLERANCE
+    assert mx.abs(expected[1:] - expected[0]).max().item() > 1000 * TOLERANCE
+
+
+def test_other_batches_are_refused():
+    """As many rows as there are rosters may be so many texts, which must not get noise in silence."""
+    model = build("olmoe")
+    roe_mlx.add_roe(model, 4)
+    for batch in ([[1, 2], [1, 2], [1, 3], [1, 2]], [[1, 2]] * 3, [[1, 2]] * 5):
+        with pytest.raises(ValueError, match="one row, or 4 equal ones"):
+            model(mx.array(batch), cache=roe_mlx.clean_cache(model))
+    assert model(mx.array([[1, 2]] * 4)).shape == (4, 2, 100)
+
+
+def test_noise_is_a_function_of_seed_and_position():
+    """Equal arguments give equal noise, the first rosters of many are those of few, and nothing else has the same."""
+    seeds, positions = (0, 1, 2, 2**32, 2**32 + 1, 2**63 - 1, 2**64 - 1), (0, 1, 2, 3, 4095, 100_000)
+    seen = []
+    for seed in seeds:
+        for position in positions:
+            G = roe_mlx.gumbel(seed, position, 9, 3, 8)
+            assert G.shape == (8, 3, 8) and G.dtype == mx.float32
+            assert mx.array_equal(roe_mlx.gumbel(seed, position, 9, 3, 8), G)
+            assert all(mx.array_equal(roe_mlx.gumbel(seed, position, m, 3, 8), G[: m - 1]) for m in (1, 2, 3, 8))
+            seen += [tuple(row) for row in G.reshape(-1, 8).tolist()]  # of one roster in one layer
+    assert len(set(seen)) == len(seen)
 
 
 def test_gumbel_noise():
-    """Mean and variance of Gumbel(0, 1) are Euler's constant and pi^2 / 6; 5 standard errors at 100,000 draws."""
-    draws = roe_mlx.gumbel((1000, 100), mx.random.key(0))
-    assert draws.dtype == mx.float32
-    assert abs(draws.mean().item() - 0.5772157) < 5 * math.sqrt(math.pi**2 / 6 / 1e5)
-    assert abs(draws.var().item() - math.pi**2 / 6) < 5 * math.sqrt(4.4 / 1e5) * math.pi**2 / 6  # excess kurtosis 2.4
+    """Mean and variance of Gumbel(0, 1) are Euler's constant and pi^2 / 6, and what differs in one thing is unrelated.
+
+    5 standard errors at 100,000 draws: of the mean, of the variance (excess kurtosis 2.4), of a correlation of 0.
+    """
+    wide = roe_mlx.gumbel(0, 0, 1001, 1, 100)[:, 0]  # many rosters
+    long = mx.concatenate([roe_mlx.gumbel(seed, p, 2, 1, 100)[0] for seed in range(10) for p in range(100)])
+    for draws in (wide, long):
+        assert abs(draws.mean().item() - 0.5772157) < 5 * math.sqrt(math.pi**2 / 6 / 1e5)
+        assert abs(draws.var().item() - math.pi**2 / 6) < 5 * math.sqrt(4.4 / 1e5) * math.pi**2 / 6
+        draws = ((draws - draws.mean()) / draws.std()).reshape(-1, 100)  # neighbours are rosters, or positions
+        assert abs((draws[1:] * draws[:-1]).mean().item()) < 5 / math.sqrt(1e5)
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])  # gpt_oss has a window of 4 tokens
+def test_a_text_that_is_cut_goes_on(family, sampled):
+    model = build(family)
+    sampler = make_sampler(temp=1.0, top_p=0.95) if sampled else None
+    write = lambda tokens, count: list(roe_mlx.generate(model, tokens, count, sampler))
+    texts = {}
+    for seed in (0, 1, 2**32):
+        roe_mlx.add_roe(model, 4, 0.6, seed=seed)
+        texts[seed] = write(PROMPT, 12)
+        for cut in (1, 5, 11):
+            mx.random.seed(cut)  # the sampler must not read what was left behind
+            assert write(PROMPT + texts[seed][:cut], 12 - cut) == texts[seed][cut:]
+    assert len({tuple(text) for text in texts.values()}) > 1
+    if sampled:  # by the seed, those above 32 bits included, with one roster too
+        one_roster = set()
+        for seed in (0, 1, 2**32):
+            roe_mlx.add_roe(model, 1, seed=seed)
+            one_roster.add(tuple(write(PROMPT, 12)))
+        assert len(one_roster) == 3
+
+
+def test_samples_follow_the_average():
+    """With one roster 500 seeds draw each token as often as its probability says: 5 standard errors."""
+    model, sampler, count = build("olmoe"), make_sampler(temp=1.0), 500
+    (probs,) = mx.softmax(model(mx.array([PROMPT]))[:, -1], axis=-1).tolist()
+    drawn = []
+    for seed in range(count):
+        roe_mlx.add_roe(model, 1, seed=seed)
+        drawn += roe_mlx.generate(model, PROMPT, 1, sampler)
+    for token in sorted(range(100), key=probs.__getitem__)[-5:]:
+        error = math.sqrt(probs[token] * (1 - probs[token]) / count)
+        assert abs(drawn.count(token) / count - probs[token]) < 5 * error
 
 
 def test_average_is_the_log_of_the_mean_probability():
@@ -319,7 +388,8 @@ def test_generation_stops_and_samples():
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"rosters": 0}, {"skip": -1}, {"tau": -0.1}, {"tau": math.nan}, {"tau": math.inf}, {"tau": [0.1] * 3}],
+    [{"rosters": 0}, {"skip": -1}, {"tau": -0.1}, {"tau": math.nan}, {"tau": math.inf}, {"tau": [0.1] * 3}]
+    + [{"seed": -1}, {"seed": 2**64}],
     ids=str,
 )
 def test_refuses_bad_arguments(arguments):
@@ -330,17 +400,8 @@ def test_refuses_bad_arguments(arguments):
 # ---- The embedded model ---------------------------------------------------------------------------------------------
 
 
-def reference(model, tokens, cache, rosters, tau):
-    """roe.py's logits [rosters, V] after `tokens`, with perturbed weights. The one place that knows its signatures."""
-    import torch
-
-    import roe
-
-    return roe.predict(model, tokens, cache, rosters, tau, torch.Generator(), weights="perturbed")
-
-
 def test_equals_roe_on_the_embedded_model(monkeypatch):
-    """Both draw the same noise, and both must give the same rows, step by step; float32 over 6 layers allows 1e-3."""
+    """With MLX's noise roe.py gives the same rows, step by step; float32 over 6 layers allows 1e-3."""
     torch = pytest.importorskip("torch", reason="torch, which roe.py needs, is not installed")
     import cache as roe_cache
     import load
@@ -350,51 +411,78 @@ def test_equals_roe_on_the_embedded_model(monkeypatch):
     theirs, tokenizer = load.load(None, "cpu", "float32")
     ours, _ = load_model(ROOT / "tiny")
     ours.set_dtype(mx.float32)
-    rosters, tau, prompt = 5, [0.0, 0.6, 0.3, 0.6, 0.3, 0.0], tokenizer.encode("def main(arguments):\n").ids
-
-    def gumbel(shape):
-        return [[-math.log(random.expovariate(1)) for _ in range(shape[-1])] for _ in range(shape[0])]
-
-    monkeypatch.setattr(roe_mlx, "gumbel", lambda shape, key: mx.array(gumbel(shape)))
-    monkeypatch.setattr(roe, "gumbel", lambda shape, generator: torch.tensor(gumbel(shape)).view(shape))
+    rosters, tau, seed, prompt = 5, [0.0, 0.6, 0.3, 0.6, 0.3, 0.0], 3, tokenizer.encode("def main(arguments):\n").ids
+    monkeypatch.setattr(roe, "gumbel", lambda *args: torch.tensor(roe_mlx.gumbel(*args).tolist()))
     seen = []
     average = roe_mlx.average
     monkeypatch.setattr(roe_mlx, "average", lambda logits: seen.append(logits.tolist()) or average(logits))
-    roe_mlx.add_roe(ours, rosters, tau)
-    random.seed(0)
-    written = list(roe_mlx.generate(ours, prompt, 12))
+    roe_mlx.add_roe(ours, rosters, tau, seed=seed)
+    written = list(roe_mlx.generate(ours, prompt, 48))
+    assert list(roe.generate(theirs, prompt, rosters, tau, max_new_tokens=48, seed=seed)) == written
+    assert len(written) == 48
 
-    random.seed(0)
     cache, tokens = roe_cache.SharedCache(theirs.config, 512), prompt
     for step, token in enumerate(written):
-        logits = reference(theirs, tokens, cache, rosters, tau)
+        logits = roe.predict(theirs, tokens, cache, rosters, tau, seed)
         assert (logits - torch.tensor(seen[step])).abs().max() < 1e-3
-        assert roe.aggregate(logits).argmax() == token
+        assert (logits[1:] - logits[0]).abs().max() > 0.01  # the noise does something
         tokens = [token]
-    assert len(written) == 12 and (logits[1:] - logits[0]).abs().max() > 0.1  # the noise does something
+
+
+def run(*arguments, model=ROOT / "tiny", **options):
+    """The program as a user runs it."""
+    command = [sys.executable, ROOT / "ports/roe_mlx.py", "--model", model, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, **options)
 
 
 def test_program():
-    command = [sys.executable, ROOT / "ports/roe_mlx.py", "--model", ROOT / "tiny", "--prompt", "-"]
-    command += ["--rosters", "3", "--max-new-tokens", "10"]
-    result = subprocess.run(command, capture_output=True, text=True, input="def main(")
+    """Its temperatures are those of tau.json beside the model, as roe.py's are; the newline that `echo` adds is cut."""
+    result = run("--prompt", "-", "--rosters", "3", "--max-new-tokens", "10", input="def main(\n")
     assert result.returncode == 0, result.stderr
     pattern = r"10 tokens, [\d.]+ tokens/s, rosters: 3, cache: [\d,]+ bytes; "
     pattern += r"the average overruled the clean roster on \d+ of the tokens\n"
     assert re.fullmatch(pattern, result.stderr)
     model, _ = load_model(ROOT / "tiny")
     model.set_dtype(mx.float32)
-    roe_mlx.add_roe(model, 3)
+    roe_mlx.add_roe(model, 3, json.loads((ROOT / "tiny/tau.json").read_text()))
     tokenizer = importlib.import_module("tokenizers").Tokenizer.from_file(str(ROOT / "tiny/tokenizer.json"))
     expected = list(roe_mlx.generate(model, tokenizer.encode("def main(").ids, 10))
     assert result.stdout == tokenizer.decode(expected) + "\n"
+
+
+def test_programs_temperatures(tmp_path, monkeypatch):
+    """--tau is a number or a file; left out, it is tau.json beside the model, else 0.2 between the ends."""
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(ROOT / "tiny" / name)
+    given = [0.0, 0.1, 0.2, 0.3, 0.4, 0.0]
+    (tmp_path / "given.json").write_text(json.dumps(given))
+    loaded, load = [], mlx_lm.load
+    monkeypatch.setattr(mlx_lm, "load", lambda path: loaded.append(load(path)) or loaded[-1])
+    G = roe_mlx.gumbel(0, 0, 4, 6, 16)  # of the one token of the prompt
+    for model, arguments, tau in (
+        (ROOT / "tiny", [], json.loads((ROOT / "tiny/tau.json").read_text())),
+        (tmp_path, [], [0.0, 0.2, 0.2, 0.2, 0.2, 0.0]),
+        (tmp_path, ["--skip", "2"], [0.0, 0.0, 0.2, 0.2, 0.0, 0.0]),
+        (ROOT / "tiny", ["--tau", "0.3"], [0.0, 0.3, 0.3, 0.3, 0.3, 0.0]),
+        (ROOT / "tiny", ["--tau", str(tmp_path / "given.json")], given),
+    ):
+        options = ["--model", str(model), "--prompt", "x", "--max-new-tokens", "1", *arguments]
+        monkeypatch.setattr(sys, "argv", ["roe_mlx.py", *options])
+        runpy.run_path(str(ROOT / "ports/roe_mlx.py"), run_name="__main__")
+        assert mx.allclose(loaded[-1][0].roe.noise, mx.array(tau)[:, None] * G)
 
 
 @pytest.mark.parametrize(
     "arguments, word",
     [(["--prompt", "x", "--rosters", "0"], "rosters"), (["--prompt", "x", "--top-p", "0"], "--top-p")]
     + [(["--prompt", "x", "--model", "no directory"], "no directory"), (["--prompt", ""], "at least one token")]
-    + [([], "--prompt"), (["--prompt", "x", "--chat"], "chat")],
+    + [([], "--prompt"), (["--prompt", "x", "--chat"], "chat"), (["--prompt", "x", "--seed", "-1"], "seed")]
+    + [(["--prompt", "x", "--temperature", "-1"], "--temperature"), (["--prompt", "x", "--tau", "-1"], "tau")]
+    + [(["--prompt", "x", "--tau", "much"], "'much'"), (["--prompt", "x", "--tau", ""], "a number")]
+    + [
+        (["--prompt", "x", "--tau", str(ROOT / "tiny/config.json")], "config.json"),
+        (["--prompt", "x", "--skip", "2"], "--skip"),
+    ],
     ids=str,
 )
 def test_program_refuses_in_one_line(arguments, word, monkeypatch, capsys):

@@ -224,8 +224,8 @@ def test_rosters_equal_score_and_predict(ours, small, tmp_path):
     tau, one = [0.0, 0.5, 1.0, 0.0], small.tokenizer.decode(tokens[start : start + 1])
     (tmp_path / "tau.json").write_text(json.dumps(tau))
     for weights in ("clean", "perturbed"):
-        noise, cache = torch.Generator().manual_seed(7), SharedCache(small.model.config, start)
-        logits = roe.predict(small.model, tokens[:start], cache, 4, tau, noise, weights)
+        cache = SharedCache(small.model.config, start)
+        logits = roe.predict(small.model, tokens[:start], cache, 4, tau, 7, weights)
         got = log_likelihood(one, rosters=4, tau=str(tmp_path / "tau.json"), weights=weights, seed=7)
         assert got == pytest.approx(roe.aggregate(logits)[tokens[start]].item(), rel=1e-5)
 

@@ -47,7 +47,6 @@ from model import (
     Config,
     Expert,
     Experts,
-    Norm,
     OLMoE,
     PackedLinear,
     SortedExperts,
@@ -134,10 +133,9 @@ class RoE:
     def __init__(self, args: argparse.Namespace):
         self.model, _ = load(args.model, args.device, args.dtype)
         self.tau, self.steps = roe.temperatures(self.model.config, TAU), steps(args)
-        self.generator = torch.Generator(self.model.device)
 
     def step(self, tokens: list[int], cache: SharedCache, n: int) -> int:
-        logits = roe.predict(self.model, tokens, cache, n, self.tau, self.generator)
+        logits = roe.predict(self.model, tokens, cache, n, self.tau, seed=0)
         return roe.aggregate(logits).argmax().item()
 
     def cache(self, history: int, room: int) -> SharedCache:
@@ -148,10 +146,7 @@ class RoE:
 
     def decode(self, n: int, history: int, captured: bool = False) -> list[float]:
         cache = self.cache(history, 2 * self.steps + 3)  # 3 more to warm up a capture
-        self.generator.manual_seed(0)
-        step = lambda token: self.step([token], cache, n)
-        if captured:
-            step = capture(self.model, cache, n, self.tau, self.generator)
+        step = capture(self.model, cache, n, self.tau) if captured else lambda token: self.step([token], cache, n)
         return timed(step, self.steps)
 
     def prompt(self, n: int, length: int, captured: bool = False) -> list[float]:  # a prompt never is
@@ -209,7 +204,8 @@ class Transformers:
         for layer in self.model.model.layers:
             layer.mlp.gate.__dict__.pop("forward", None)
         if n > 1:
-            add_roe(self.model, n, TAU, self.generator)
+            empty = torch.empty(n - 1, self.model.config.num_experts, device=self.model.device)
+            add_roe(self.model, n, TAU, lambda _: -empty.exponential_(generator=self.generator).log())
 
     @torch.inference_mode()
     def step(self, tokens: list[int], cache, n: int) -> int:
@@ -400,24 +396,13 @@ def check_tricks() -> None:
     experts = experts.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
     for p in experts.parameters():
         p.normal_(std=0.02)
-    merged = Experts(speed_up(expert) for expert in experts)
-    for expert in experts:
-        for name, linear in list(expert.named_children()):
-            setattr(expert, name, speed_up(linear))
-    for n in (1, 8, 32):
-        x = rows(n)
-        tricks.append((f"MergedExpert, {n} rows", lambda x=x: each(experts, x), lambda x=x: each(merged, x)))
-    ordered = SortedExperts(merged)
+    ordered = SortedExperts(experts)
+    for expert in experts:  # else it would be seen what packing brings
+        speed_up(expert)
     for n in (1, 8, 256, 512):
         weights, indices = torch.rand(n, 1, config.num_experts).topk(config.num_experts_per_tok)
         args = rows(n)[:, None], weights.bfloat16(), indices
-        tricks.append((f"SortedExperts, {n} rows", lambda args=args: merged(*args), lambda args=args: ordered(*args)))
-    norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps).bfloat16()
-    quick = Norm(norm)
-    for n in (1, 512):
-        x = rows(n)[None]
-        many = range(32)  # of one call alone, a pause would be all that is seen
-        tricks.append((f"Norm, {n} rows", lambda x=x: [norm(x) for _ in many], lambda x=x: [quick(x) for _ in many]))
+        tricks.append((f"SortedExperts, {n} rows", lambda args=args: experts(*args), lambda args=args: ordered(*args)))
     H, D = config.num_attention_heads, config.head_dim
     quicker = attend_widely if widens_on(random(1)) else attend_in_blocks
     cases = [(1, 2048, 2048), (1, 1, 32), (1, 1, 2048)]

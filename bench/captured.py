@@ -1,16 +1,17 @@
 """A decoding step as a CUDA graph: what the benchmark measures on GPUs. It has not been run on one yet."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import roe
 from cache import SharedCache
-from model import OLMoE
+from model import Config, OLMoE, top_k
 
 
 class StaticCache:
@@ -53,24 +54,46 @@ def use_static(model: OLMoE) -> None:
         layer.self_attn.attend = attend_static
 
 
+def draw(config: Config, rosters: int, tau: list[float], seed: int, positions: Iterable[int], gumbel=roe.gumbel):
+    """tau G of tokens at T positions, [n, T, L, E] on the CPU: what `roe.run_rosters` adds to the routers' logits."""
+    G = [gumbel(seed, position, rosters, config.num_hidden_layers, config.num_experts) for position in positions]
+    return F.pad(torch.stack(G, 1), (0, 0, 0, 0, 0, 0, 1, 0)) * torch.tensor(tau)[:, None]  # row 0 is the clean path
+
+
+def decode(model: OLMoE, token: Tensor, cache, tau: list[float], noise: Tensor) -> Tensor:
+    """Logits [n, V] after a token [1, 1] with noise tau G [n, 1, L, E], as `roe.predict` has them."""
+    k, normalize = model.config.num_experts_per_tok, model.config.norm_topk_prob
+
+    def route(layer: int, logits: Tensor) -> tuple[Tensor, Tensor]:
+        if len(noise) == 1 or tau[layer] == 0:
+            return top_k(logits, k, normalize)
+        return roe.stochastic_route(logits, noise[:, :, layer], k, normalize=normalize)
+
+    return model(token, cache, route)[:, 0]
+
+
 @torch.inference_mode()
-def capture(model: OLMoE, cache: SharedCache, n: int, tau: list[float], generator: torch.Generator) -> Callable:
+def capture(model: OLMoE, cache: SharedCache, n: int, tau: list[float]) -> Callable:
     """A decoding step, which keeps the token that it chose for the next step."""
     use_static(model)
-    cache, token = StaticCache(cache), torch.ones(1, 1, dtype=torch.long, device=model.device)
-    route = roe.roster_route(model.config, n, tau, generator)
+    position, token = cache.length, torch.ones(1, 1, dtype=torch.long, device=model.device)
+    cache, noise = StaticCache(cache), draw(model.config, n, tau, 0, [position]).to(model.device)
 
     def step():
-        logits = model(token, cache, route)[:, 0].expand(n, -1)
-        token.copy_(roe.aggregate(logits).argmax())
+        token.copy_(roe.aggregate(decode(model, token, cache, tau, noise)).argmax())
+
+    def run(step: Callable) -> None:
+        nonlocal position
+        noise.copy_(draw(model.config, n, tau, 0, [position]))
+        step()
+        position += 1
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):  # kernels are chosen and loaded before the capture
         for _ in range(3):
-            step()
+            run(step)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
         step()
-    return lambda _: (graph.replay(), token.item())[1]
+    return lambda _: (run(graph.replay), token.item())[1]

@@ -25,8 +25,8 @@ def score_continuations(
 ) -> Iterator[tuple[Tensor, bool]]:
     """Scores continuations one after the other; a context equal to the previous pair's is not read again.
 
-    Of what does not fit into the model's context, the beginning is dropped, as lm-evaluation-harness does. Every pair
-    starts from the same seed, so that its score depends on nothing that was scored before.
+    Of what does not fit into the model's context, the beginning is dropped, as lm-evaluation-harness does. The score is
+    that which `roe.score` gives to the continuation's tokens in the whole text, with the same seed.
 
     Args:
         pairs: of token ids, context and continuation, neither of them empty.

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from captured import draw
 from effect import BLOCK, RESULTS, ROSTERS, Softened, changes, softening, texts, where
 from tables import tuned
 from torch import Tensor
@@ -82,25 +83,26 @@ def certain_head(logits: Tensor, noisy: Tensor, k: int) -> tuple[Tensor, Tensor]
     return pick(noisy, ranks.topk(k).indices)
 
 
-def gaussian(shape, generator: torch.Generator) -> Tensor:
-    """Noise with the variance of Gumbel's, pi^2 / 6; its mean does not matter to a softmax or an order."""
-    return math.pi / 6**0.5 * torch.randn(shape, generator=generator, device=generator.device)
+def gaussian(*place: int) -> Tensor:
+    """As `roe.gumbel`, but normal: its numbers, mapped to those that are as likely to be exceeded.
+
+    They have the variance of Gumbel's, pi^2 / 6; the mean does not matter to a softmax or an order.
+    """
+    probability = roe.gumbel(*place).double().neg().exp().neg().exp()
+    return (math.pi / 6**0.5 * torch.special.ndtri(probability)).float()
 
 
-def noisy_route(config, rosters: int, tau: list[float], generator, rule: Callable, noise: Callable = roe.gumbel):
-    """A rule as the `route` of `model.OLMoE`, with noise as in `roe.roster_route`.
+def noisy_route(k: int, noise: Tensor, rule: Callable) -> Callable:
+    """A rule as the `route` of `model.OLMoE`, with noise tau G [n, T, L, E].
 
     Once there are n rows, the rule also chooses in layers without noise: most rules choose plainly there.
     """
 
-    k = config.num_experts_per_tok
-
     def route(layer, logits):
-        if rosters == 1 or len(logits) == 1 and tau[layer] == 0:
+        g = noise[:, :, layer]
+        if len(noise) == 1 or len(logits) == 1 and not g.any():
             return top_k(logits, k)
-        g = tau[layer] * noise((rosters - 1, *logits.shape[1:]), generator) if tau[layer] > 0 else 0
-        logits = logits.float().expand(rosters, -1, -1)
-        return rule(logits, torch.cat((logits[:1], logits[1:] + g)), k)
+        return rule(logits.float().expand_as(g), logits.float() + g, k)
 
     return route
 
@@ -109,12 +111,16 @@ def noisy_route(config, rosters: int, tau: list[float], generator, rule: Callabl
 
 
 @torch.inference_mode()
-def run(model: OLMoE, piece: list[int], route: Callable) -> Iterator[tuple[Tensor, Tensor]]:
-    """Log-probabilities [rows, t, vocab_size] and targets [t], a few tokens at a time, as in `roe.score`."""
+def run(model: OLMoE, piece: list[int], make: Callable) -> Iterator[tuple[Tensor, Tensor]]:
+    """Log-probabilities [rows, t, vocab_size] and targets [t], a few tokens at a time, as in `roe.score`.
+
+    make(positions) gives the route for the tokens at these positions.
+    """
     tokens = torch.as_tensor(piece)
     cache = SharedCache(model.config, len(tokens) - 1)
     size = BLOCK // ROSTERS
     for part, targets in zip(tokens[:-1].split(size), tokens[1:].split(size)):
+        route = make(range(cache.length, cache.length + len(part)))
         yield model(part[None], cache, route).float().log_softmax(-1), targets
 
 
@@ -124,7 +130,7 @@ def geometric(log_probs: Tensor) -> Tensor:
 
 
 def measure(model: OLMoE, pieces: list[list[int]], make: Callable, averages: dict[str, Callable]) -> Iterator[dict]:
-    """For every kind of average: its change from plain routing; make(generator) gives the route."""
+    """For every kind of average: its change from plain routing; make(positions, seed) gives the route."""
     clean, softened = Softened(), {name: Softened() for name in averages}
     scores = {name: [] for name in ("clean", *averages)}
 
@@ -133,9 +139,9 @@ def measure(model: OLMoE, pieces: list[list[int]], make: Callable, averages: dic
         scores[name].append(log_probs.gather(-1, targets[:, None])[:, 0])
 
     for seed, piece in enumerate(pieces):
-        for log_probs, targets in run(model, piece, route=None):
+        for log_probs, targets in run(model, piece, lambda _: None):
             add(clean, "clean", log_probs[0], targets)
-        for log_probs, targets in run(model, piece, make(torch.Generator().manual_seed(seed))):
+        for log_probs, targets in run(model, piece, lambda positions: make(positions, seed)):
             for name, average in averages.items():
                 add(softened[name], name, average(log_probs), targets)
     for name in averages:
@@ -165,10 +171,10 @@ def measure_effect(args: argparse.Namespace) -> Iterator[dict]:
     for text, source, pieces in texts(tokenizer, args.pieces, TEXTS):
         found = {"text": text, "source": source, "tokens": len(pieces) * BLOCK, "tau": tau}
         for name, route in free.items():
-            for change in measure(model, pieces, lambda generator: route, {name: roe.aggregate}):
+            for change in measure(model, pieces, lambda *_: route, {name: roe.aggregate}):
                 yield found | change | {"rosters": 1, "tau": None}
         for name, (rule, noise) in noisy.items():
-            make = lambda generator: noisy_route(config, ROSTERS, tau, generator, rule, noise)
+            make = lambda positions, seed: noisy_route(k, draw(config, ROSTERS, tau, seed, positions, noise), rule)
             for change in measure(model, pieces, make, others if name == "rosters" else {name: roe.aggregate}):
                 yield found | change
 
@@ -184,19 +190,21 @@ def measure_time(args: argparse.Namespace) -> Iterator[dict]:
             system = bench.RoE(SimpleNamespace(model=model, layers=layers, dtype="bfloat16", device="cpu"))
         config, tau, seconds = system.model.config, roe.temperatures(system.model.config, TAU), {}
         for _, n, name in itertools.product(range(args.repeats), (1, 8, 32), rules):
-            route = noisy_route(config, n, tau, torch.Generator().manual_seed(0), rules[name])
-            seconds.setdefault((n, name), []).extend(decode(system, route, n))
+            k, rule = config.num_experts_per_tok, rules[name]
+            make = lambda positions: noisy_route(k, draw(config, n, tau, 0, positions), rule)
+            seconds.setdefault((n, name), []).extend(decode(system, make, n))
         for (n, name), times in seconds.items():
             ms = 1000 * statistics.median(times)
             yield {"control": name, "layers": layers, "rosters": n, "tau": TAU, "dtype": "bfloat16", "ms": ms}
 
 
 @torch.inference_mode()
-def decode(system: bench.RoE, route: Callable, n: int) -> list[float]:
+def decode(system: bench.RoE, make: Callable, n: int) -> list[float]:
     """Seconds of decoding steps, as bench.py measures them."""
     cache = system.cache(32, 2 * system.steps)
 
     def step(token: int) -> int:
+        route = make(range(cache.length, cache.length + 1))
         logits = system.model(torch.tensor([[token]]), cache, route)[:, 0].expand(n, -1)
         return roe.aggregate(logits).argmax().item()
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import roe
-from load import load
+from load import load, read_tau
 from model import OLMoE
 
 TASKS = (
@@ -83,7 +83,7 @@ def main() -> None:
         parser.error(f"--rosters must be at least 1, not {min(args.rosters)}")
     # In float32, where results do not depend on how a processor rounds bfloat16 products.
     model, tokenizer = load(dtype="float32")
-    tau = roe.temperatures(model.config, roe.read_tau(args.tau))
+    tau = roe.temperatures(model.config, read_tau(args.tau))
     for task in TASKS:
         start, values = time.perf_counter(), defaultdict(list)
         for requests in questions(task, args.limit):

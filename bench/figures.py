@@ -22,6 +22,10 @@ from rich.text import Text
 from tables import latest, results, tuned
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from load import load
+from roe import aggregate, generate, temperatures
+
 FIGURES = ROOT / "bench" / "figures"
 GREY, BLUE, ORANGE, GREEN = "#808890", "#3f8cff", "#e8762c", "#2ea05a"
 READINGS = {"clean": ("weights softmax(R)", BLUE), "perturbed": ("weights softmax(R + τG)", ORANGE)}
@@ -58,6 +62,105 @@ def curves(lines: list[dict], key: str, x: str) -> dict[str, list[tuple[float, f
 def save(figure, name: str) -> None:
     figure.savefig(FIGURES / f"{name}.svg", metadata={"Date": None})
     plt.close(figure)
+
+
+def overruled(prompt: str, rosters: int = 4) -> tuple[str, list, list[float], list[tuple[str, list[float]]]]:
+    """The first token of greedy text, default settings, on which the average overrules row 0: how it came about.
+
+    Returns the text before it; for every layer the experts that each row chose, [rows, k], and its temperature; and the
+    three likeliest tokens, each with its probability in every row and, at last, on average.
+    """
+    model, tokenizer = load(device="cpu", dtype="float32")
+    tokens, chosen, found = tokenizer.encode(prompt).ids, [], []
+    for layer in model.layers:
+        layer.mlp.experts.register_forward_pre_hook(lambda _, args: chosen.append(args[2][:, -1].tolist()))
+
+    def watch(logits, log_probs, *_):
+        if log_probs.argmax() != logits[0].argmax():
+            found.append((logits[:, 0].softmax(-1), aggregate(logits[:, 0]).exp()))
+
+    for token in generate(model, tokens, rosters, watch=watch):
+        if found:
+            break
+        tokens.append(token)
+    ((rows, average),) = found
+    likeliest = average.topk(3).indices.tolist()
+    candidates = [(tokenizer.decode([i]), [*rows[:, i].tolist(), average[i].item()]) for i in likeliest]
+    return tokenizer.decode(tokens), chosen[-len(model.layers) :], temperatures(model.config), candidates
+
+
+def draw_token() -> None:
+    """One token's way: layers across, rosters down, then what each predicts, and their average."""
+    text, layers, tau, candidates = overruled("def test_parse(self):")
+    rosters, side, experts = len(layers[-1]), 4, 16  # which are drawn as a square
+    figure, ax = plt.subplots(figsize=(8.5, 4.1))
+    lines = {"color": GREY, "lw": 0.8, "zorder": 0}
+    places = lambda rows: [rosters / 2 - 0.5] if rows == 1 else range(rosters)
+
+    def bars(x, y, row):
+        clean, most = max(candidates, key=lambda c: c[1][0])[0], candidates[0][0]
+        for i, (token, probs) in enumerate(candidates):
+            colour = ORANGE if token == most else BLUE if token == clean else GREY
+            ax.barh(y + 0.26 * (i - 1), 1.4 * probs[row], 0.18, left=x + 0.62, color=colour)
+            bold = "bold" if probs[row] == max(probs[row] for _, probs in candidates) else "normal"
+            name = repr(token)[1:-1].replace(" ", "␣")
+            style = {"family": "monospace", "fontsize": 8, "va": "center", "weight": bold}
+            ax.text(x + 0.57, y + 0.26 * (i - 1), name, ha="right", color=colour, **style)
+            ax.text(x + 0.67 + 1.4 * probs[row], y + 0.26 * (i - 1), f"{probs[row]:.2f}", color=colour, **style)
+
+    for x, chosen in enumerate(layers):
+        ax.text(x, -0.75, f"layer {x}", ha="center", weight="bold")
+        ax.text(x, -0.55, f"τ = {tau[x]:.2f}" if tau[x] else "no noise", ha="center", fontsize=8)
+        for row, y in enumerate(places(len(chosen))):
+            for e in range(experts):
+                by_clean = e in chosen[0]
+                colour = GREY if e not in chosen[row] else BLUE if by_clean else ORANGE
+                corner = x + 0.19 * (e % side - side / 2), y + 0.19 * (e // side - side / 2)
+                ax.add_patch(
+                    plt.Rectangle(corner, 0.15, 0.15, color=colour, alpha=1 if e in chosen[row] else 0.2, lw=0)
+                )
+            for before in places(len(layers[x - 1])) if x else [y]:
+                if len(chosen) != len(layers[x - 1]) or before == y:
+                    ax.plot([x - 0.58, x - 0.42], [before, y], **lines)
+    end = len(layers) - 0.35
+    for y in range(rosters):
+        ax.plot([end - 0.25, end - 0.1], [y, y], **lines)
+        bars(end, y, y)
+        ax.plot([end + 1.75, end + 2.05], [y, rosters / 2 - 0.5], **lines)
+        ax.text(-0.75, y, "row 0\nclean" if y == 0 else f"row {y}", ha="right", va="center", weight="bold")
+    bars(end + 2.15, rosters / 2 - 0.5, -1)
+    ax.text(end + 0.9, -0.75, "predictions", ha="center", weight="bold")
+    ax.text(end + 3, -0.75, "their average", ha="center", weight="bold")
+    ax.text(-0.6, -1.15, " ".join(text.split()) + " ▁", family="monospace", ha="left")
+    ax.set(xlim=(-1.4, end + 4), ylim=(rosters - 0.4, -1.4))
+    ax.axis("off")
+    save(figure, "token")
+
+
+def draw_gains() -> None:
+    """Default settings on every text: one bar each, from home to far, and what a softmax temperature does alone."""
+    lines = latest([line for line in results("texts") if line["setting"] == "perturbed"], "text").values()
+    clean = lambda line: line["perplexity"] / (1 + line["change"])
+    lines = sorted(lines, key=clean, reverse=True)
+    names, y = [line["text"] for line in lines], range(len(lines))
+    figure, ax = plt.subplots(figsize=(8.5, 3.4))
+    ax.barh(y, [-100 * line["change"] for line in lines], 0.6, color=ORANGE, label="32 rosters")
+    ax.errorbar(
+        [-100 * line["change"] for line in lines],
+        y,
+        xerr=[100 * line["error"] for line in lines],
+        fmt="none",
+        ecolor=GREY,
+        capsize=3,
+    )
+    alone = [100 * (1 - line["clean_softened"] / clean(line)) for line in lines]
+    ax.plot(alone, y, "D", color=BLUE, ms=6, label="a softmax temperature alone, for nothing")
+    ax.axvline(0, color=GREY, lw=1)
+    ax.set_yticks(y, names)
+    ax.grid(axis="y", visible=False)
+    ax.set(xlabel="perplexity lowered by, %")
+    ax.legend(loc="upper right")
+    save(figure, "gains")
 
 
 def draw_rosters() -> None:

@@ -22,6 +22,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tokenizers.decoders import DecodeStream
 from tqdm import tqdm
 from transformers import AutoConfig
 
@@ -29,7 +30,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.par
 import roe_transformers
 
 import roe
-from load import load
+from load import load, read_tau
 
 
 @register_model("roe")
@@ -64,7 +65,7 @@ class RoE(TemplateLM):
         self._device = self.model.device
         self.max_length = self.model.config.max_position_embeddings
         self.seed, self.cache = seed, cache
-        tau = roe.temperatures(self.model.config, roe.read_tau(tau if tau is None else str(tau)), skip)
+        tau = roe.temperatures(self.model.config, read_tau(tau if tau is None else str(tau)), skip)
         self.rosters = {"rosters": rosters, "tau": tau, "weights": weights, "margin": margin}
 
     @classmethod
@@ -132,10 +133,13 @@ class RoE(TemplateLM):
             )
             repeats[prompt] += 1
             text, stops = "", [stop for stop in options["until"] if stop]
-            for piece in roe.stream(self.tokenizer, generated):
-                text += piece
+            ids, decoder = [], DecodeStream(skip_special_tokens=True)
+            for token in generated:
+                ids.append(token)
+                text += decoder.step(self.tokenizer, token) or ""  # None within a character of several tokens
                 if any(stop in text for stop in stops):
                     break
+            text = self.tokenizer.decode(ids)
             for stop in stops:
                 text = text.split(stop)[0]
             texts.append(text)
@@ -169,7 +173,7 @@ class RoETransformers(HFLM):
         if cache != "shared":
             raise ValueError(f"models on transformers have the shared cache only; leave out cache={cache}")
         super().__init__(pretrained, device=None if device == "auto" else device, batch_size=1, **options)
-        roe_transformers.add_roe(self.model, rosters, roe.read_tau(str(tau)), skip, seed, weights)
+        roe_transformers.add_roe(self.model, rosters, read_tau(str(tau)), skip, seed, weights)
         names = inspect.signature(self.model.forward).parameters
         self.cache_name = "cache" if "cache" in names else "past_key_values"  # of which transformers 5 has had both
 

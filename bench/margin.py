@@ -112,11 +112,16 @@ def decode(model, tokens: list[int], cache: SharedCache, n: int, margin: float, 
 
     So every setting decodes the same text. The cache is left as it was.
     """
-    generator, before, unsure = torch.Generator(model.device).manual_seed(0), cache.length, 0
+    before, unsure = cache.length, 0
     start = time.perf_counter()
-    for token in tokens:
-        logits, log_probs = roe.predict_where_unsure(model, [token], cache, n, tau, generator, "perturbed", margin)
-        roe.choose(log_probs, 0.0, 1.0, generator)
+    for position, token in enumerate(tokens, before):
+        logits = roe.predict(model, [token], cache, n if margin >= 1 else 1, tau, 0)
+        log_probs = roe.aggregate(logits)
+        if margin < 1 and not roe.sure(log_probs, margin):
+            cache.length = position
+            logits = roe.predict(model, [token], cache, n, tau, 0)
+            log_probs = roe.aggregate(logits)
+        roe.choose(log_probs, 0.0, 1.0, 0, position)
         unsure += len(logits) == n
     seconds = time.perf_counter() - start
     cache.length = before
@@ -152,7 +157,7 @@ def measure_time(args: argparse.Namespace) -> Iterator[dict]:
         spent, unsure = dict.fromkeys(settings, 0.0), dict.fromkeys(settings, 0)
         for text in texts:
             cache = SharedCache(model.config, len(text))
-            roe.predict(model, text[: PROMPT - 1], cache, 1, tau, torch.Generator(model.device))
+            roe.predict(model, text[: PROMPT - 1], cache, 1, tau, 0)
             for n, m in settings:
                 time_taken, with_rosters = decode(model, text[PROMPT - 1 : -1], cache, n, m, tau)
                 spent[n, m] += time_taken

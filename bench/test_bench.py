@@ -20,7 +20,7 @@ import bench
 import roe
 from cache import SharedCache
 from load import load
-from model import StackedExperts, top_k
+from model import StackedExperts
 
 torch.set_num_threads(1)
 
@@ -86,33 +86,31 @@ def test_a_written_checkpoint_loads(tmp_path, monkeypatch):
 
 
 def test_naive_roe():
-    """With the same seed and one position, the rows of `roe.predict`."""
+    """With the same noise for the last token, the rows of `roe.predict`."""
     hf = transformers.OlmoeForCausalLM.from_pretrained(ROOT / "tiny", dtype=torch.float32)
     model, _ = load(device="cpu", dtype="float32")
-    tokens = bench.random_tokens(4096, 20)
-    naive.add_roe(hf, 5, 0.7, torch.Generator().manual_seed(0))
+    tokens, G = bench.random_tokens(4096, 20), roe.gumbel(3, 19, 5, 6, 16)
+    naive.add_roe(hf, 5, 0.7, lambda layer: G[:, layer])
     with torch.inference_mode():
         logits = hf(torch.tensor([tokens]).expand(5, -1)).logits[:, -1]
-    cache, generator = SharedCache(model.config, 20), torch.Generator().manual_seed(0)
-    expected = roe.predict(model, tokens, cache, 5, 0.7, generator)
+    expected = roe.predict(model, tokens, SharedCache(model.config, 20), 5, 0.7, seed=3)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-3)
     torch.testing.assert_close(naive.average(logits), roe.aggregate(logits))
 
 
 @torch.inference_mode()
 def test_static_cache():
-    """Its logits are those of the shared cache, and on a device without data a step works: it reads nothing back."""
+    """A step's logits are those of the shared cache; on a device without data it works, too: it reads nothing back."""
     model, _ = load(device="cpu", dtype="float32", fast=False)
     tau, n, (*prompt, last) = roe.temperatures(model.config, 0.5), 5, bench.random_tokens(4096, 10)
     reference, cache = SharedCache(model.config, 20), SharedCache(model.config, 20)
-    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
-    for c, generator in zip((reference, cache), generators, strict=True):
-        roe.predict(model, prompt, c, n, tau, generator)
+    for c in (reference, cache):
+        roe.predict(model, prompt, c, n, tau, seed=3)
     cache.v[:, :, :, len(prompt) :] = torch.nan
-    expected = roe.predict(model, [last], reference, n, tau, generators[0])
-    static = captured.StaticCache(cache)
+    expected = roe.predict(model, [last], reference, n, tau, seed=3)
+    static, noise = captured.StaticCache(cache), captured.draw(model.config, n, tau, 3, [9])
     captured.use_static(model)
-    logits = roe.predict(model, [last], static, n, tau, generators[1])
+    logits = captured.decode(model, torch.tensor([[last]]), static, tau, noise)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
     assert static.length.item() == reference.length == 10
 
@@ -121,8 +119,8 @@ def test_static_cache():
     for layer in model.layers:
         layer.mlp.experts = StackedExperts(layer.mlp.experts)
     model = model.to("meta", torch.bfloat16)
-    route = lambda layer, logits: top_k(logits.expand(n, -1, -1), 2)
-    assert model(torch.zeros(1, 1, dtype=torch.long, device="meta"), static, route).shape == (n, 1, 4096)
+    token = torch.zeros(1, 1, dtype=torch.long, device="meta")
+    assert captured.decode(model, token, static, tau, noise.to("meta")).shape == (n, 4096)
 
 
 def test_llama_cpp_gets_the_same_model():

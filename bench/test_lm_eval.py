@@ -29,7 +29,6 @@ import eval_embedded
 from continuations import score_continuations
 
 import roe
-from cache import SharedCache
 from load import load
 
 torch.set_num_threads(1)  # as in test_roe.py
@@ -210,24 +209,20 @@ def test_a_shared_context_is_read_once(evaluate, ours, monkeypatch):
     assert len(read) == len(answers) + 2  # the second context is empty: one token, read with the choices
 
 
-def test_rosters_equal_score_and_predict(ours, small, tmp_path):
+def test_rosters_equal_score(ours, small, tmp_path):
     context, continuation = PROSE.strip(), " return self.items"
     tokens, start = small.tokenizer.encode(context + continuation).ids, len(small.tokenizer.encode(context).ids)
 
-    def log_likelihood(text=continuation, **arguments):
-        ((log_prob, _),) = ours(**arguments).loglikelihood(requests((context, text)))
+    def log_likelihood(**arguments):
+        ((log_prob, _),) = ours(**arguments).loglikelihood(requests((context, continuation)))
         return log_prob
 
-    expected = roe.score(small.model, tokens, 4, 0.0)[-1, start - 1 :].sum().item()
-    assert log_likelihood(rosters=4, tau=0) == pytest.approx(expected, rel=1e-5)
-
-    tau, one = [0.0, 0.5, 1.0, 0.0], small.tokenizer.decode(tokens[start : start + 1])
+    tau = [0.0, 0.5, 1.0, 0.0]
     (tmp_path / "tau.json").write_text(json.dumps(tau))
     for weights in ("clean", "perturbed"):
-        noise, cache = torch.Generator().manual_seed(7), SharedCache(small.model.config, start)
-        logits = roe.predict(small.model, tokens[:start], cache, 4, tau, noise, weights)
-        got = log_likelihood(one, rosters=4, tau=str(tmp_path / "tau.json"), weights=weights, seed=7)
-        assert got == pytest.approx(roe.aggregate(logits)[tokens[start]].item(), rel=1e-5)
+        expected = roe.score(small.model, tokens, 4, tau, 7, weights)[-1, start - 1 :].sum().item()
+        got = log_likelihood(rosters=4, tau=str(tmp_path / "tau.json"), weights=weights, seed=7)
+        assert got == pytest.approx(expected, rel=1e-5)
 
     several = {seed: log_likelihood(rosters=4, tau=1.0, seed=seed) for seed in (0, 1)}
     assert log_likelihood(rosters=4, tau=1.0) == several[0] != several[1]

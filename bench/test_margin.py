@@ -74,7 +74,7 @@ def test_decode_replays_what_generate_does(loaded):
     watch = lambda logits, *_: rosters.append(len(logits))
     new = list(roe.generate(model, prompt, 4, max_new_tokens=40, margin=M, watch=watch))
     cache, tau = SharedCache(model.config, 80), roe.temperatures(model.config)
-    roe.predict(model, prompt[:-1], cache, 1, tau, torch.Generator())
+    roe.predict(model, prompt[:-1], cache, 1, tau, 0)
     for _ in range(2):
         seconds, unsure = margin.decode(model, [*prompt[-1:], *new[:-1]], cache, 4, M, tau)
         assert unsure == rosters.count(4) and 0 < unsure < 40 and seconds > 0 and cache.length == 39

@@ -2,6 +2,7 @@
 
 import math
 
+import captured
 import controls
 import effect
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 import roe
 from load import EMBEDDED, load
-from model import top_k
+from model import OLMoE, top_k
 
 torch.set_num_threads(1)
 
@@ -58,8 +59,9 @@ def test_controls_measure_what_rosters_are_measured_with(loaded, rule, weights):
     """`run` with a rule equals `roe.score` with its reading and the same noise."""
     model, tokenizer = loaded
     tokens, tau, n = tokenizer.encode("def push(self, item):\n").ids, roe.temperatures(model.config, 0.5), 4
-    route = controls.noisy_route(model.config, n, tau, torch.Generator().manual_seed(7), getattr(controls, rule))
-    parts = [roe.aggregate(p).gather(-1, t[:, None])[:, 0] for p, t in controls.run(model, tokens, route)]
+    noise = lambda positions: captured.draw(model.config, n, tau, 7, positions)
+    make = lambda positions: controls.noisy_route(2, noise(positions), getattr(controls, rule))
+    parts = [roe.aggregate(p).gather(-1, t[:, None])[:, 0] for p, t in controls.run(model, tokens, make)]
     torch.testing.assert_close(torch.cat(parts), effect.score(model, tokens, n, tau, 7, weights)[-1])
 
 
@@ -68,7 +70,7 @@ def test_rules():
     k = 2
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 50, 8, generator=generator)
-    noisy = logits + torch.cat((torch.zeros(1, 50, 8), roe.gumbel((2, 50, 8), generator)))
+    noisy = logits + torch.cat((torch.zeros(1, 50, 8), roe.gumbel(0, 0, 3, 50, 8)))
     clean_weights, clean_indices = top_k(logits, k)
     rules = controls.weights_only, controls.rescaled, controls.certain_head
     found = {rule.__name__: rule(logits, noisy, k) for rule in rules}
@@ -96,10 +98,12 @@ def test_rules():
 
 def test_gaussian_noise_has_the_variance_of_gumbel():
     """A million draws: the deviation of a sample variance is below 0.3 % for either (kurtosis 3 and 5.4)."""
-    noise = [
-        draw((1_000_000,), torch.Generator().manual_seed(0)).var().item() for draw in (controls.gaussian, roe.gumbel)
-    ]
-    assert noise == pytest.approx(2 * [math.pi**2 / 6], rel=0.01)
+    gaussian, gumbel = (draw(0, 0, 101, 100, 100).flatten() for draw in (controls.gaussian, roe.gumbel))
+    assert [gaussian.var().item(), gumbel.var().item()] == pytest.approx(2 * [math.pi**2 / 6], rel=0.01)
+    assert gaussian.mean().item() == pytest.approx(0, abs=0.01)
+    assert (gaussian[gumbel.argsort()].diff() >= 0).all()
+    beyond = [(gaussian > math.pi / 6**0.5 * d).float().mean().item() for d in (1, 2, 3)]
+    assert beyond == pytest.approx([0.15866, 0.02275, 0.00135], abs=0.0015)
 
 
 def test_geometric():
@@ -110,8 +114,9 @@ def test_geometric():
 
 def test_active_parameters(loaded):
     """Against a count of the model without the experts and rows of the embedding that a token does not use."""
-    model, _ = loaded
-    config = model.config
+    config = loaded[0].config
+    with torch.device("meta"):
+        model = OLMoE(config)
     idle = config.num_experts - config.num_experts_per_tok
     expert = sum(p.numel() for p in model.layers[0].mlp.experts[0].parameters())
     whole = sum(p.numel() for p in model.parameters())

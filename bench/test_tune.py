@@ -1,7 +1,7 @@
 """Tests of the search of temperatures: what it finds, and that nothing foreign, broken or interrupted spoils it."""
 
-import fcntl
 import json
+import math
 import os
 import resource
 import shutil
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 pytest.importorskip("optuna")
 import tune
@@ -80,10 +81,21 @@ def test_search(cli, monkeypatch):
     assert replaced == [min(log(), key=lambda trial: trial["perplexity"])["tau"]]
 
 
+def test_several_counts(cli):
+    """What is minimised is the mean of their log-perplexities."""
+    status, out, err = cli("--trials", 2, "--rosters", 5, 2, 3, 2)
+    model, tokenizer = load(device="cpu")
+    tokens = tokenizer.encode(TEXT.decode()).ids
+    for trial in log():
+        logs = [math.log(roe.score(model, tokens, n, trial["tau"])[-1].mean().neg().exp().item()) for n in (2, 3, 5)]
+        assert trial["perplexity"] == pytest.approx(math.exp(sum(logs) / 3)) and trial["rosters"] == [2, 3, 5]
+    assert status == 0 and f"perplexity {min(values(err)):.4f} with" in out
+
+
 def test_resumed_search_learns_from_earlier_trials(cli, monkeypatch):
     """The sampler is given every earlier trial, failed ones as failed."""
     perplexities = iter((3.0, float("nan"), 2.0, 4.0))
-    monkeypatch.setattr(tune, "score", lambda *_, **__: -torch.tensor([[next(perplexities)]]).log())
+    monkeypatch.setattr(tune, "score", lambda *_: -torch.tensor(3 * [[next(perplexities)]]).log())
     _, out, err = cli("--trials", 3)
     assert [line.split(": ", 1)[1] for line in err.splitlines()] == [
         "perplexity 3.0000, best 3.0000 (trial 1)",
@@ -103,7 +115,7 @@ def test_resumed_search_learns_from_earlier_trials(cli, monkeypatch):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_all_trials_fail(cli, monkeypatch, bad):
-    monkeypatch.setattr(tune, "score", lambda *_, **__: torch.tensor([[-bad]]))
+    monkeypatch.setattr(tune, "score", lambda *_: torch.tensor(3 * [[-bad]]))
     status, out, err = cli("--trials", 2)
     assert (status, out) == (2, "") and err.count("a failed trial\n") == 2 and "every trial failed" in err
     assert not Path("tau.json").exists()
@@ -114,7 +126,7 @@ def test_trials_belong_to_contents(cli, monkeypatch, tmp_path):
     for name in ("model", "copy"):
         shutil.copytree(EMBEDDED, tmp_path / name)
     weights = tmp_path / "model" / "model.safetensors"
-    monkeypatch.setattr(tune, "score", lambda *_, **__: torch.tensor([[-1.0]]))
+    monkeypatch.setattr(tune, "score", lambda *_: torch.tensor(3 * [[-1.0]]))
     assert cli("--trials", 1)[2].count("\n") == 1
     Path("same.py").write_bytes(TEXT)
     for options in (["--model", "copy"], ["--dtype", "float32"], ["--weights", "perturbed"]):
@@ -126,13 +138,14 @@ def test_trials_belong_to_contents(cli, monkeypatch, tmp_path):
         ("text.py", ["--model", "model"]),
         ("text.py", ["--dtype", "bfloat16"]),
         ("text.py", ["--rosters", 2]),
+        ("text.py", ["--rosters", 2, 3]),
         ("text.py", ["--tau-max", 0.4]),
         ("text.py", ["--skip", 2]),
         ("text.py", ["--weights", "clean"]),
         ("text.py", ["--seed", 1]),
     ):
         assert cli("--trials", 1, *options, file=file)[2].startswith("trial 1 of 1: "), options
-    assert len(log()) == 9
+    assert len(log()) == 10
 
 
 def test_full_disk(cli):
@@ -168,7 +181,7 @@ def test_the_output_is_old_or_new(cli, monkeypatch):
             patch.setattr(Path, name, full)
             refused(cli("--trials", 1), "No space left")
         assert Path("tau.json").read_bytes() == before
-        assert sorted(os.listdir()) == ["tau.json", "tau.json.log", "text.py"]
+        assert sorted(os.listdir()) == ["tau.json", "tau.json.log", "tau.json.log.lock", "text.py"]
     Path("tau.json").unlink()
     assert cli("--trials", 1)[::2] == (0, "") and Path("tau.json").read_bytes() == before
 
@@ -196,13 +209,13 @@ FOREIGN = {
     "no UTF-8": ([], lambda: Path("text.py").write_bytes(b"caf\xe9"), "text.py is not UTF-8 text (byte 3)"),
     "no text": ([], lambda: Path("text.py").unlink(), "text.py"),
     "no model": (["--model", "no/such/model"], lambda: None, "there is no directory no/such/model"),
-    "trials 0": (["--trials", 0], lambda: None, "trials must be from 1 to"),
-    "one roster": (["--rosters", 1], lambda: None, "rosters must be from 2 to"),
-    "skip -1": (["--skip", -1], lambda: None, "skip must be from 0 to"),
+    "trials 0": (["--trials", 0], lambda: None, "--trials: must be a whole number from 1 to"),
+    "one roster": (["--rosters", 1], lambda: None, "--rosters: must be a whole number from 2 to"),
+    "skip -1": (["--skip", -1], lambda: None, "--skip: must be a whole number from 0 to"),
     "skip all layers": (["--skip", 3], lambda: None, "no layer is left to tune"),
-    "tau-max 0": (["--tau-max", 0], lambda: None, "tau-max must be a number > 0, not 0.0"),
-    "tau-max nan": (["--tau-max", "nan"], lambda: None, "tau-max must be a number > 0, not nan"),
-    "seed": (["--seed", 2**70], lambda: None, "seed must be from 0 to"),
+    "tau-max 0": (["--tau-max", 0], lambda: None, "--tau-max: must be a number from 0.001 to 100, not 0"),
+    "tau-max nan": (["--tau-max", "nan"], lambda: None, "--tau-max: must be a number from 0.001 to 100, not nan"),
+    "seed": (["--seed", 2**70], lambda: None, "--seed: must be a whole number from 0 to"),
     "unknown option": (["--trails", 3], lambda: None, "unrecognized arguments"),
     "Optuna is missing": ([], lambda: None, 'needs Optuna; install it with: pip install -e ".[tune]"'),
 }
@@ -223,8 +236,7 @@ def test_bad_input(cli, monkeypatch, tmp_path, name):
 
 
 def test_a_second_search_is_refused(cli):
-    with open("tau.json.log", "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with FileLock("tau.json.log.lock"):
         refused(cli("--trials", 1), "tau.json.log is in use by another search")
     assert cli("--trials", 1)[0] == 0
 

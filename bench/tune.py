@@ -1,9 +1,11 @@
 """Searches the routing temperatures, one per layer, that lower a text's perplexity most (section 2.2 of the paper).
 
-    python bench/tune.py FILE --rosters 8 --output tau.json      then: python roe.py --tau tau.json ...
+    python bench/tune.py FILE --rosters 4 8 16 32 --output tau.json     then: python roe.py --tau tau.json ...
 
-OUTPUT always holds the best so far, and OUTPUT.log a line of JSON for every trial: the same command goes on where an
-earlier one stopped. Exit status: 0; 2 for bad input; 130 when interrupted, which loses the trial under way only.
+Of several counts of rosters it minimises the mean of their log-perplexities, all from one pass; what it reports as
+perplexity is their geometric mean. OUTPUT always holds the best so far, and OUTPUT.log a line of JSON for every trial:
+the same command goes on where an earlier one stopped. Exit status: 0; 2 for bad input; 130 when interrupted, which
+loses the trial under way only.
 """
 
 import signal
@@ -13,7 +15,6 @@ if __name__ == "__main__":  # before the imports, which take seconds
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 
 import argparse
-import fcntl
 import hashlib
 import json
 import math
@@ -22,17 +23,19 @@ import uuid
 from pathlib import Path
 from typing import BinaryIO
 
+from filelock import FileLock, Timeout  # comes with torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from load import find, load
+from load import load, read_description, read_text
 from model import OLMoE
-from roe import TAU, check_length, fail, score, temperatures
+from roe import TAU, check_length, fail, number, score, temperatures
 
 SEARCH = "text model dtype device rosters tau_max skip weights seed".split()  # what a trial belongs to
 START = b'{"text": "'  # of every line of the log
 
 
-def open_log(output: Path) -> tuple[BinaryIO, list[dict]]:
-    """The log of all trials, OUTPUT.log, locked until the process ends; and what it holds.
+def open_log(output: Path, lock: FileLock) -> tuple[BinaryIO, list[dict]]:
+    """The log of all trials, OUTPUT.log, and what it holds; takes the lock.
 
     Raises:
         ValueError: `output` or its log is there, and not what a search wrote; or another search is using them.
@@ -46,8 +49,8 @@ def open_log(output: Path) -> tuple[BinaryIO, list[dict]]:
         raise ValueError(foreign)
     file = log.open("a+b")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        lock.acquire(blocking=False)
+    except Timeout as error:
         raise ValueError(f"{log} is in use by another search; wait for it, or choose another --output") from error
     file.seek(0)
     *lines, rest = file.read().split(b"\n")
@@ -110,12 +113,12 @@ def tune(args: argparse.Namespace, model: OLMoE, tokens: list[int], search: dict
         study.add_trial(old)
     if not trials:
         study.enqueue_trial({name: min(TAU, args.tau_max) for name in space})  # start from the default
-    for number in range(len(trials) + 1, args.trials + 1):
+    for i in range(len(trials) + 1, args.trials + 1):
         trial = study.ask(space)
         tau = [trial.params.get(str(i), 0.0) for i in range(len(highest))]
         try:
-            scores = score(model, tokens, args.rosters, tau, seed=args.seed, weights=args.weights)
-            perplexity = scores[-1].mean().neg().exp().item()
+            scores = score(model, tokens, max(args.rosters), tau, args.seed, args.weights)
+            perplexity = scores[[n - 1 for n in args.rosters]].mean().neg().exp().item()
         except ValueError:  # predictions that are not finite
             perplexity = math.nan
         value = perplexity if math.isfinite(perplexity) else None
@@ -128,7 +131,7 @@ def tune(args: argparse.Namespace, model: OLMoE, tokens: list[int], search: dict
         if value is not None:
             replace(args.output, best()["tau"])
             note = f"best {best()['perplexity']:.4f} (trial {trials.index(best()) + 1})"
-        print(f"trial {number} of {args.trials}: perplexity {perplexity:.4f}, {note}", file=sys.stderr)
+        print(f"trial {i} of {args.trials}: perplexity {perplexity:.4f}, {note}", file=sys.stderr)
     if best()["perplexity"] is None:
         raise ValueError("every trial failed; try --dtype float32")
     replace(args.output, best()["tau"])  # if no trial was left to run, it may be missing
@@ -138,42 +141,36 @@ def tune(args: argparse.Namespace, model: OLMoE, tokens: list[int], search: dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("file", metavar="FILE", type=Path, help="a text, such as a validation set")
-    add("--rosters", metavar="N", type=int, default=4, help="rosters per token [4]")
-    add("--trials", metavar="N", type=int, default=50, help="stop after this many, those of earlier runs included [50]")
+    add("file", metavar="FILE", help="a text, such as a validation set")
+    add("--rosters", metavar="N", type=number(int, 2, 1024), nargs="+", default=[4], help="rosters per token [4]")
+    add("--trials", metavar="N", type=number(int, 1), default=50, help="stop after these, earlier runs' included [50]")
     add("--output", metavar="FILE", type=Path, default="tau.json", help="the best temperatures [tau.json]")
-    add("--tau-max", metavar="TAU", type=float, default=0.5, help="search from 0 to here [0.5]")
-    add("--skip", metavar="L", type=int, default=1, help="layers without noise at each end [1]")
+    add("--tau-max", metavar="TAU", type=number(float, 0.001, 100), default=0.5, help="search from 0 to here [0.5]")
+    add("--skip", metavar="L", type=number(int, 0), default=1, help="layers without noise at each end [1]")
     add("--weights", choices=["clean", "perturbed"], default="perturbed", help="as in roe.py [perturbed]")
-    add("--seed", metavar="N", type=int, default=0, help="of the noise and of the search [0]")
+    add("--seed", metavar="N", type=number(int, 0, 2**31), default=0, help="of the noise and of the search [0]")
     add("--model", help="directory or hub id [the small model that comes with RoE]")
     add("--device", default="auto", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
     add("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto", help="[as weights are stored]")
     parser.error = fail
     args = parser.parse_args()
-    for name, low, high in (("rosters", 2, 1024), ("trials", 1, 10**6), ("skip", 0, 1024), ("seed", 0, 2**31)):
-        if not low <= getattr(args, name) <= high:
-            fail(f"{name} must be from {low} to {high}, not {getattr(args, name)}")
-    if not 0 < args.tau_max < math.inf:
-        fail(f"tau-max must be a number > 0, not {args.tau_max}")
+    args.rosters = sorted(set(args.rosters))
     try:
         import optuna  # noqa: F401
     except ImportError:
         fail('the search needs Optuna; install it with: pip install -e ".[tune]"')
     try:
-        data = args.file.read_bytes()
-        text = data.decode()
-        log, trials = open_log(args.output)
-        folder = find(args.model, ["*.json", "*.safetensors"])
-        model, tokenizer = load(folder, args.device, args.dtype)
-        contents = hashlib.sha256(data).hexdigest(), checksum(folder), str(model.dtype), model.device.type
+        text = read_text(None, args.file)
+        lock = FileLock(f"{args.output}.log.lock")  # held as long as there is this variable
+        log, trials = open_log(args.output, lock)
+        folder, *_ = read_description(args.model, args.device)
+        model, tokenizer = load(args.model, args.device, args.dtype)
+        contents = hashlib.sha256(text.encode()).hexdigest(), checksum(folder), str(model.dtype), model.device.type
         options = args.rosters, args.tau_max, args.skip, args.weights, args.seed
         search = dict(zip(SEARCH, contents + options))
         trials = [trial for trial in trials if search.items() <= trial.items()]
         best = tune(args, model, tokenizer.encode(text).ids, search, trials, log)
         print(f"{args.output}: perplexity {best['perplexity']:.4f} with", best["tau"])
-    except UnicodeDecodeError as error:
-        fail(f"{args.file} is not UTF-8 text (byte {error.start}); convert it first")
     except (ValueError, OSError) as error:
         fail(error)
 

@@ -44,8 +44,8 @@ class OLMoE(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        # Drawn here, since nn.Embedding would draw a normal distribution: on "meta" that takes a second of imports.
         weight = torch.empty(config.vocab_size, config.hidden_size).uniform_(-0.03, 0.03)
+        # nn.Embedding(V, d) would draw its own, which on "meta" takes a second of imports.
         self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -56,11 +56,10 @@ class OLMoE(nn.Module):
     dtype = property(lambda self: self.embed_tokens.weight.dtype)
 
     def forward(self, tokens: Tensor, cache=None, route: Callable | None = None) -> Tensor:
-        """Predicts the next token at every position: ids [n, T] -> logits [rows, T, vocab_size].
+        """Predicts the next token at every position: ids [n, T] -> logits [rows, T, V], rows as the last route made.
 
         With a cache of `cache.py` n is 1, and the tokens follow those that it holds, which they extend. Without one,
-        every row is a whole sequence. route(layer, router logits [n, T, E]) -> weights, indices [n or more, T, k] is
-        `top_k` by default; there are as many rows as the last one returned.
+        every row is a sequence. route(layer, router logits [n, T, E]) -> weights, indices [n or more, T, k]: `top_k`.
         """
         x = self.norm(self.hidden(tokens, cache, route))
         return self.lm_head(x) if self.lm_head else F.linear(x, self.embed_tokens.weight)
@@ -70,8 +69,8 @@ class OLMoE(nn.Module):
         config, D, T = self.config, self.config.head_dim, tokens.shape[1]
         route = route or (lambda _, logits: top_k(logits, config.num_experts_per_tok, config.norm_topk_prob))
         frequencies = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, device=self.device) / D)
-        positions = torch.arange(T, device=self.device) + (cache.length if cache else 0)
-        angles = positions[:, None] * frequencies  # [T, D/2]
+        start = cache.length if cache else 0
+        angles = torch.arange(start, start + T, device=self.device)[:, None] * frequencies  # [T, D/2]
         cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
         x = self.embed_tokens(tokens)
         for block in self.layers:
@@ -130,7 +129,6 @@ def attend(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: 
         own_k, own_v: [n, Hk, T, C, D], C positions for each query.
 
     What T = 3 queries see (x) after a history of 4 positions:
-
         n rows, S = 6, C = 1     shared    own        one row, S = 7, C = 0     shared
         first query            x x x x . .  x         first query            x x x x x . .
         second                 x x x x x .  x         second                 x x x x x x .
@@ -139,14 +137,14 @@ def attend(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: 
     (n, H, T, D), (_, Hk, S, _) = q.shape, shared_k.shape
     g = H // Hk  # query heads that share a key-value head
     q = (q * D**-0.5).view(n, Hk, g, T, D).permute(1, 0, 3, 2, 4)  # [Hk, n, T, g, D]
-    own_k, own_v = own_k.transpose(0, 1), own_v.transpose(0, 1)  # [Hk, n, T, C, D]
     # Keys times queries, which are few, take a quarter of the time that queries times keys would.
     shared = (shared_k[0] @ q.flatten(1, 3).mT).mT.view(Hk, n, T, g, S)
     if T > 1:
         later = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
         shared.masked_fill_(later[:, None], -torch.inf)
-    of_shared, of_own = torch.cat((shared, q @ own_k.mT), -1).softmax(-1).split((S, own_k.shape[3]), -1)
-    out = (of_shared.flatten(1, 3) @ shared_v[0]).view(q.shape) + of_own @ own_v
+    own = q @ own_k.transpose(0, 1).mT  # [Hk, n, T, g, C]
+    of_shared, of_own = torch.cat((shared, own), -1).softmax(-1).split((S, own.shape[-1]), -1)
+    out = (of_shared.flatten(1, 3) @ shared_v[0]).view(q.shape) + of_own @ own_v.transpose(0, 1)
     return out.permute(1, 0, 3, 2, 4).reshape(n, H, T, D)
 
 
@@ -165,10 +163,7 @@ class MoE(nn.Module):
 
 class Experts(nn.ModuleList):
     def forward(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-        """The weighted sum of the chosen experts' outputs: x [n, T, d], weights and indices [n, T, k] -> [n, T, d].
-
-        Each expert is read once, for all the rows and positions that chose it.
-        """
+        """The weighted sum of the chosen experts' outputs, each read once: x [n, T, d], the others [n, T, k]."""
         out = torch.zeros_like(x)
         for e in indices.unique().tolist():
             n, t, i = (indices == e).nonzero(as_tuple=True)
@@ -216,7 +211,7 @@ def speed_up(module: nn.Module) -> nn.Module:
     """
     weight = next(module.parameters())
     if isinstance(module, nn.Linear) and weight.is_cpu:
-        return fast_linear(weight)
+        return PackedLinear(weight) if packs_on(weight) else WideLinear(weight)
     if isinstance(module, Experts):
         return SortedExperts(module) if weight.is_cpu else StackedExperts(module)
     for name, child in module.named_children():
@@ -224,11 +219,6 @@ def speed_up(module: nn.Module) -> nn.Module:
     if isinstance(module, Attention):
         module.attend = attend_widely if widens_on(weight) else attend_in_blocks
     return module
-
-
-def fast_linear(weight: Tensor) -> nn.Module:
-    """What computes `F.linear(x, weight)` fastest on this CPU."""
-    return (PackedLinear if packs_on(weight) else WideLinear)(weight)
 
 
 def multiply(x: Tensor, weight: Tensor) -> Tensor:
@@ -294,9 +284,11 @@ class SortedExperts(nn.Module):
 
     def __init__(self, experts: Experts):
         super().__init__()
-        gate_up = (torch.cat((expert.gate_proj.weight, expert.up_proj.weight)) for expert in experts)
-        self.gate_up_proj = nn.ModuleList(fast_linear(weight) for weight in gate_up)
-        self.down_proj = nn.ModuleList(fast_linear(expert.down_proj.weight) for expert in experts)
+        self.gate_up_proj, self.down_proj = nn.ModuleList(), nn.ModuleList()
+        for expert in experts:
+            gate_up = torch.cat((expert.gate_proj.weight, expert.up_proj.weight))
+            self.gate_up_proj.append(PackedLinear(gate_up) if packs_on(gate_up) else WideLinear(gate_up))
+            self.down_proj.append(speed_up(expert.down_proj))
 
     def forward(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         x, k = x.flatten(0, 1), indices.shape[-1]

@@ -92,73 +92,69 @@ def overruled(prompt: str, rosters: int = 4) -> tuple[str, list, list[float], li
 def draw_token() -> None:
     """One token's way: layers across, rosters down, then what each predicts, and their average."""
     text, layers, tau, candidates = overruled("def test_parse(self):")
-    rosters, side, experts = len(layers[-1]), 4, 16  # which are drawn as a square
-    figure, ax = plt.subplots(figsize=(8.5, 4.1))
-    lines = {"color": GREY, "lw": 0.8, "zorder": 0}
-    places = lambda rows: [rosters / 2 - 0.5] if rows == 1 else range(rosters)
+    rosters, middle, end = len(layers[-1]), len(layers[-1]) / 2 - 0.5, len(layers) - 0.35
+    by_clean = max(candidates, key=lambda candidate: candidate[1][0])[0]
+    colours = {token: BLUE if token == by_clean else GREY for token, _ in candidates} | {candidates[0][0]: ORANGE}
+    figure, ax = plt.subplots(figsize=(8.5, 4.4))
+    line = lambda *points: ax.plot(*zip(*points), color=GREY, lw=0.8, zorder=0)
+    heights = lambda chosen: range(rosters) if len(chosen) > 1 else [middle]
 
     def bars(x, y, row):
-        clean, most = max(candidates, key=lambda c: c[1][0])[0], candidates[0][0]
-        for i, (token, probs) in enumerate(candidates):
-            colour = ORANGE if token == most else BLUE if token == clean else GREY
-            ax.barh(y + 0.26 * (i - 1), 1.4 * probs[row], 0.18, left=x + 0.62, color=colour)
-            bold = "bold" if probs[row] == max(probs[row] for _, probs in candidates) else "normal"
-            name = repr(token)[1:-1].replace(" ", "␣")
-            style = {"family": "monospace", "fontsize": 8, "va": "center", "weight": bold}
-            ax.text(x + 0.57, y + 0.26 * (i - 1), name, ha="right", color=colour, **style)
-            ax.text(x + 0.67 + 1.4 * probs[row], y + 0.26 * (i - 1), f"{probs[row]:.2f}", color=colour, **style)
+        best = max(probs[row] for _, probs in candidates)
+        for i, (token, probs) in enumerate(candidates, -1):
+            style = {"family": "monospace", "fontsize": 8, "va": "center", "color": colours[token]}
+            style["weight"] = "bold" if probs[row] == best else "normal"
+            place, length = y + 0.26 * i, 1.4 * probs[row]
+            ax.barh(place, length, 0.18, left=x + 0.62, color=colours[token])
+            ax.text(x + 0.57, place, repr(token)[1:-1].replace(" ", "␣"), ha="right", **style)
+            ax.text(x + 0.67 + length, place, f"{probs[row]:.2f}", **style)
 
     for x, chosen in enumerate(layers):
         ax.text(x, -0.75, f"layer {x}", ha="center", weight="bold")
         ax.text(x, -0.55, f"τ = {tau[x]:.2f}" if tau[x] else "no noise", ha="center", fontsize=8)
-        for row, y in enumerate(places(len(chosen))):
-            for e in range(experts):
-                by_clean = e in chosen[0]
-                colour = GREY if e not in chosen[row] else BLUE if by_clean else ORANGE
-                corner = x + 0.19 * (e % side - side / 2), y + 0.19 * (e // side - side / 2)
-                ax.add_patch(
-                    plt.Rectangle(corner, 0.15, 0.15, color=colour, alpha=1 if e in chosen[row] else 0.2, lw=0)
-                )
-            for before in places(len(layers[x - 1])) if x else [y]:
-                if len(chosen) != len(layers[x - 1]) or before == y:
-                    ax.plot([x - 0.58, x - 0.42], [before, y], **lines)
-    end = len(layers) - 0.35
+        for y, experts in zip(heights(chosen), chosen):
+            for e in range(16):
+                colour = GREY if e not in experts else BLUE if e in chosen[0] else ORANGE
+                corner = x + 0.19 * (e % 4 - 2), y + 0.19 * (e // 4 - 2)
+                ax.add_patch(plt.Rectangle(corner, 0.15, 0.15, color=colour, alpha=1 if e in experts else 0.2, lw=0))
+            before = heights(layers[x - 1]) if x and len(layers[x - 1]) < len(chosen) else [y]
+            line((x - 0.57, before[0]), (x - 0.43, y))
     for y in range(rosters):
-        ax.plot([end - 0.25, end - 0.1], [y, y], **lines)
+        line((end - 0.22, y), (end - 0.08, y))
+        line((end + 1.75, y), (end + 2.05, middle))
         bars(end, y, y)
-        ax.plot([end + 1.75, end + 2.05], [y, rosters / 2 - 0.5], **lines)
         ax.text(-0.75, y, "row 0\nclean" if y == 0 else f"row {y}", ha="right", va="center", weight="bold")
-    bars(end + 2.15, rosters / 2 - 0.5, -1)
+    bars(end + 2.15, middle, -1)
     ax.text(end + 0.9, -0.75, "predictions", ha="center", weight="bold")
     ax.text(end + 3, -0.75, "their average", ha="center", weight="bold")
-    ax.text(-0.6, -1.15, " ".join(text.split()) + " ▁", family="monospace", ha="left")
-    ax.set(xlim=(-1.4, end + 4), ylim=(rosters - 0.4, -1.4))
+    ax.text(-1.4, -1.15, " ".join(text.split()) + " ▁", family="monospace")
+    notes = {
+        "experts that row 0 chose, and its token": BLUE,
+        "experts that noise brought, and the average's token": ORANGE,
+    }
+    for x, (note, colour) in zip((-0.4, 4.1), notes.items()):
+        ax.add_patch(plt.Rectangle((x, rosters - 0.37), 0.15, 0.15, color=colour, lw=0))
+        ax.text(x + 0.25, rosters - 0.22, note, fontsize=9)
+    ax.set(xlim=(-1.4, end + 4), ylim=(rosters - 0.1, -1.4))
     ax.axis("off")
     save(figure, "token")
 
 
 def draw_gains() -> None:
     """Default settings on every text: one bar each, from home to far, and what a softmax temperature does alone."""
-    lines = latest([line for line in results("texts") if line["setting"] == "perturbed"], "text").values()
     clean = lambda line: line["perplexity"] / (1 + line["change"])
+    lines = latest([line for line in results("texts") if line["setting"] == "perturbed"], "text").values()
     lines = sorted(lines, key=clean, reverse=True)
-    names, y = [line["text"] for line in lines], range(len(lines))
-    figure, ax = plt.subplots(figsize=(8.5, 3.4))
-    ax.barh(y, [-100 * line["change"] for line in lines], 0.6, color=ORANGE, label="32 rosters")
-    ax.errorbar(
-        [-100 * line["change"] for line in lines],
-        y,
-        xerr=[100 * line["error"] for line in lines],
-        fmt="none",
-        ecolor=GREY,
-        capsize=3,
-    )
+    lowered, errors = [-100 * line["change"] for line in lines], [100 * line["error"] for line in lines]
     alone = [100 * (1 - line["clean_softened"] / clean(line)) for line in lines]
-    ax.plot(alone, y, "D", color=BLUE, ms=6, label="a softmax temperature alone, for nothing")
+    figure, ax = plt.subplots(figsize=(8.5, 3.4))
+    y = range(len(lines))
+    ax.barh(y, lowered, 0.6, xerr=errors, color=ORANGE, ecolor=GREY, capsize=3, label="32 rosters")
+    ax.plot(alone, y, "D", color=BLUE, ms=6, label="a softmax temperature alone, which costs nothing")
     ax.axvline(0, color=GREY, lw=1)
-    ax.set_yticks(y, names)
+    ax.set_yticks(y, [line["text"] for line in lines])
     ax.grid(axis="y", visible=False)
-    ax.set(xlabel="perplexity lowered by, %")
+    ax.set(xlabel="perplexity lowered by, %", ylabel="far from home  ←  →  near")
     ax.legend(loc="upper right")
     save(figure, "gains")
 

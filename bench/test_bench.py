@@ -140,6 +140,21 @@ def test_tables_are_those_of_the_results(file):
     assert text == tables.filled(text) and text.count("<!-- table ") == text.count("<!-- end -->") > 0
 
 
+def test_the_token_that_is_drawn():
+    """Its probabilities are those of `roe.predict` after its text, and the average overrules row 0."""
+    text, layers, tau, candidates = figures.overruled("def test_parse(self):")
+    model, tokenizer = load(device="cpu", dtype="float32")
+    tokens = tokenizer.encode(text).ids
+    logits = roe.predict(model, tokens, SharedCache(model.config, len(tokens)), 4, None, seed=0)
+    probs = torch.cat((logits.softmax(-1), logits.softmax(-1).mean(0, keepdim=True)))
+    assert probs[0].argmax() != probs[4].argmax() and tokenizer.decode([probs[4].argmax()]) == candidates[0][0]
+    for token, values in candidates:
+        torch.testing.assert_close(torch.tensor(values), probs[:, tokenizer.encode(token).ids].squeeze(1))
+    first = next(i for i, value in enumerate(tau) if value)  # all rows are one before the first noise
+    assert [len(chosen) for chosen in layers] == [1] * first + [4] * (6 - first)
+    assert {len(set(row)) for chosen in layers for row in chosen} == {2}
+
+
 def test_figures(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "FIGURES", tmp_path)
     monkeypatch.setattr(sys, "argv", ["figures.py"])

@@ -3,19 +3,22 @@
     ROE_ROSTERS=8 ROE_TAU=0.3 vllm serve allenai/OLMoE-1B-7B-0125
 
     ROE_ROSTERS  n; without it vLLM stays as it is
-    ROE_TAU      temperature of the noise [0.2]; or a JSON list, one for each mixture layer
+    ROE_TAU      temperature of the noise, or a JSON list, one for each mixture layer [tau.json beside the model; 0.2]
     ROE_SKIP     mixture layers at each end that route without noise, if ROE_TAU is one number [1]
-    ROE_SEED     of the noise [0]
+    ROE_SEED     of the noise, any whole number [0]
 
+They mean what the options of roe.py mean, and in float32 greedy text is that of roe.py.
 The model's own class runs n times a step, the n - 1 noisy rosters first and the clean one last. Every pass writes the
 keys and values of the step's tokens to the same slots of vLLM's cache, so that what stays is the clean pass's: the
 paper's Clean Cache (section 2.3), in the memory of plain vLLM. Noise is added to a router's logits (equation 1), which
 also changes the weights of the chosen experts, and only at the last token of each request, the one that predicts.
 """
 
+import hashlib
 import json
 import math
 import os
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -28,9 +31,15 @@ from vllm.model_executor.layers.fused_moe import GateLinear
 MODELS = {}  # the models by name of architecture, as vLLM registers them
 
 
-def gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """I.i.d. Gumbel(0, 1) noise in float32, on the generator's device. All routing noise comes from here."""
-    return -torch.empty(shape, dtype=torch.float32, device=generator.device).exponential_(generator=generator).log()
+def gumbel(seed: int, position: int, rosters: int, layers: int, experts: int) -> Tensor:
+    """The noise of a token: i.i.d. Gumbel(0, 1), G [rosters - 1, layers, experts], float32, on the CPU.
+
+    It is a hash of the seed and of the token's position in its text, and depends on nothing else. Rosters come first,
+    so that those of m rosters are the first of n; there is none for the clean one. All noise comes from here.
+    """
+    digest = hashlib.shake_128(f"{seed:d} {position:d}".encode()).digest(4 * rosters * layers * experts)
+    uniform = (torch.frombuffer(bytearray(digest), dtype=torch.int32).double() + 2**31 + 0.5) / 2**32  # never 0 or 1
+    return -(-uniform.log()).log().float().view(rosters, layers, experts)[1:]
 
 
 def average(logits: Tensor) -> Tensor:
@@ -38,15 +47,28 @@ def average(logits: Tensor) -> Tensor:
     return logits.float().log_softmax(-1).logsumexp(0) - math.log(len(logits))
 
 
-def settings(layers: int) -> tuple[int, list[float], int]:
+def settings(layers: int, model: str) -> tuple[int, list[float], int]:
     """Rosters, one temperature for each of the mixture layers, and the seed, from the environment (section 2.2)."""
-    given = {"ROE_ROSTERS": "1", "ROE_TAU": "0.2", "ROE_SKIP": "1", "ROE_SEED": "0"}
-    rosters, tau, skip, seed = (json.loads(os.environ.get(name, default)) for name, default in given.items())
-    if not isinstance(tau, list):
-        tau = [tau if skip <= layer < layers - skip else 0.0 for layer in range(layers)]
-    if rosters < 1 or skip < 0 or len(tau) != layers or not all(0 <= value < math.inf for value in tau):
-        wanted = f"ROE_ROSTERS must be at least 1, ROE_SKIP at least 0, and ROE_TAU a number >= 0 or a list of {layers}"
-        raise ValueError(f"{wanted}, not {rosters}, {skip} and {tau}")
+    beside = Path(model, "tau.json")
+    default = {
+        "ROE_ROSTERS": "1",
+        "ROE_TAU": beside.read_text() if beside.is_file() else "0.2",
+        "ROE_SKIP": "1",
+        "ROE_SEED": "0",
+    }
+    given = {name: os.environ.get(name, value) for name, value in default.items()}
+    try:
+        rosters, tau, skip, seed = map(json.loads, given.values())
+    except ValueError:
+        rosters = tau = skip = seed = None
+    whole = all(type(number) is int for number in (rosters, skip, seed)) and 1 <= rosters <= 1024 and skip >= 0
+    if whole and not isinstance(tau, list):
+        tau = [tau if skip <= layer < layers - skip else 0 for layer in range(layers)]
+    if not whole or len(tau) != layers or not all(type(t) in (int, float) and 0 <= t <= 100 for t in tau):
+        wanted = f"ROE_TAU a number from 0 to 100 or a list of {layers}, ROE_SKIP and ROE_SEED whole numbers"
+        raise ValueError(f"ROE_ROSTERS must be a whole number from 1 to 1024, {wanted}, not {given}")
+    if os.environ.get("ROE_WEIGHTS", "perturbed") != "perturbed":
+        raise ValueError("RoE in vLLM mixes experts by softmax(R + tau G) only; unset ROE_WEIGHTS")
     return rosters, tau, seed
 
 
@@ -71,13 +93,12 @@ class Rosters:
         gates = [module for module in self.modules() if isinstance(module, GateLinear)]
         if not gates:
             raise ValueError(f"{name} has no router that RoE in vLLM knows (GateLinear); unset ROE_ROSTERS to run it")
-        self.rosters, tau, self.seed = settings(len(gates))
+        self.rosters, tau, self.seed = settings(len(gates), model.model)
         # What the hooks add must be read from memory: vLLM compiles the model once, with its Python values frozen.
         # noise[layer, i] is for the i-th request of a step, noise[layer, 0] = 0; request: i for its last token, else 0.
         self.noise = torch.zeros(len(gates), schedule.max_num_seqs + 1, gates[0].output_size, dtype=torch.float32)
         self.request = torch.zeros(schedule.max_num_batched_tokens, dtype=torch.long)
-        self.tau = torch.tensor(tau, dtype=torch.float32).view(-1, 1, 1, 1)
-        self.generator = torch.Generator(self.noise.device)
+        self.tau = torch.tensor(tau, dtype=torch.float32, device="cpu").view(-1, 1, 1)
         self.untested = any(tau)  # whether noise reaches the routers, compiled or fused as they may be
         for gate, noise in zip(gates, self.noise):
             gate.register_buffer("noise", noise, persistent=False)
@@ -98,13 +119,13 @@ class Rosters:
             last = metadata.query_start_loc[1:] - 1  # each request's last token
             self.request.zero_()[last] = torch.arange(1, len(last) + 1, device=last.device)
             # Seed and position alone decide the noise: what else is in the batch does not change a request's text.
-            seeds = [self.seed * 2**20 + position for position in positions[last].tolist()]
-            shape = len(self.noise), self.rosters - 1, self.noise.shape[2]
-            noise = torch.stack([gumbel(shape, self.generator.manual_seed(seed)) for seed in seeds], dim=2) * self.tau
+            sizes = self.rosters, len(self.noise), self.noise.shape[2]
+            noise = torch.stack([gumbel(self.seed, position, *sizes) for position in positions[last].tolist()], dim=2)
+            noise = (noise * self.tau).to(self.noise.device)  # [n - 1, layers, requests, E]
         for row in reversed(range(self.rosters)):
             self.noise.zero_()
             if row and len(last):
-                self.noise[:, 1 : len(last) + 1] = noise[:, row - 1]
+                self.noise[:, 1 : len(last) + 1] = noise[row - 1]
             context.moe_layer_index = 0  # where vLLM counts its mixture layers in a pass
             passes.insert(0, super().forward(input_ids, positions, *args, **kwargs).clone())  # graphs reuse outputs
         if self.untested and len(last):

@@ -54,9 +54,16 @@ MORE = {  # what a family's configuration needs beside SIZES
     "ernie4_5_moe": dict(moe_num_experts=E, moe_k=3, moe_num_shared_experts=1, moe_layer_start_index=1),
     "gpt_oss": dict(num_local_experts=E, sliding_window=16),
 }
+WRONG = {
+    "two temperatures": {"ROE_TAU": "[0.1, 0.2]"},
+    "a negative temperature": {"ROE_TAU": "-1"},
+    "no number": {"ROE_TAU": "warm"},
+    "no rosters": {"ROE_ROSTERS": "0"},
+    "half a layer": {"ROE_SKIP": "0.5"},
+}
 TINY = str(HERE.parent / "tiny")
-STEPS, N, TAU = 16, 6, 0.6
-NOISY = {"ROE_ROSTERS": str(N), "ROE_TAU": str(TAU)}
+STEPS, N, TAU, SEED = 48, 8, 0.6, 2**40 + 1
+NOISY = {"ROE_ROSTERS": str(N), "ROE_TAU": str(TAU), "ROE_SEED": str(SEED)}
 
 
 # ---- What runs in processes of its own ------------------------------------------------------------------------------
@@ -70,7 +77,9 @@ def run_engines(jobs: list[dict]) -> list[dict]:
 
     average, results = roe_vllm.average, []
     for job in jobs:
-        os.environ.update(job.get("env", {}))
+        for name in [name for name in os.environ if name.startswith("ROE_")]:
+            del os.environ[name]
+        os.environ.update({"ROE_ROSTERS": "1"} | job.get("env", {}))
         rows, texts, error, seconds = [], [], "", time.time()
         roe_vllm.average = lambda logits: rows.append(logits.clone()) or average(logits)
         try:
@@ -172,7 +181,7 @@ def plain(folder, prompts):
 
 
 @pytest.fixture(scope="session")
-def engines(folder, prompts, random_models, plain):
+def engines(folder, prompts, random_models, plain, expected):
     """What the engines with rosters say, by name."""
     tiny = dict(model=TINY, calls=[prompts], env=NOISY)
     long = dict(model=TINY, calls=[[prompts[1]]], env=NOISY)
@@ -183,12 +192,14 @@ def engines(folder, prompts, random_models, plain):
         "alone": long,
         "batch": tiny,
         "chunks": tiny | dict(engine=chunks, calls=[[prompts[1]], prompts]),
-        "tuned": long | dict(env=dict(ROE_ROSTERS=str(N), ROE_SEED="3", ROE_TAU=Path(TINY, "tau.json").read_text())),
+        "tuned": long | dict(env=dict(ROE_ROSTERS=str(N), ROE_SEED="3")),
+        "cut": dict(model=TINY, env=NOISY, calls=[[prompts[1] + expected[1][0][:k] for k in (1, 20)]]),
     }
     for name in FAMILIES[1:]:
-        jobs[name] = dict(model=str(folder / name), calls=[[list(range(3, 27))]], env={**NOISY, "ROE_SEED": "0"})
+        jobs[name] = dict(model=str(folder / name), calls=[[list(range(3, 27))]], env=NOISY)
     jobs["scoring"] = tiny | dict(params={"prompt_logprobs": 1})
-    jobs["many tau"] = tiny | dict(env={**NOISY, "ROE_TAU": "[0.1, 0.2]"})
+    for name, wrong in WRONG.items():
+        jobs[name] = tiny | dict(env={**NOISY, **wrong}, calls=[])
     for name in REFUSED:
         jobs[name] = dict(model=str(folder / name), calls=[], env=NOISY)
     return dict(zip(jobs, start(folder, list(jobs.values()), ROE_ROSTERS="1")))
@@ -197,29 +208,15 @@ def engines(folder, prompts, random_models, plain):
 # ---- Independent runs -----------------------------------------------------------------------------------------------
 
 
-def draw(layers: int, experts: int, position: int, seed: int = 0) -> torch.Tensor:
-    """The noise of one request's token at this position, as roe_vllm.py documents it: [layers, n - 1, E]."""
-    generator = torch.Generator().manual_seed(seed * 2**20 + position)
-    return -torch.empty(layers, N - 1, experts).exponential_(generator=generator).log()
-
-
-def by_roe(prompt: list[int], monkeypatch, tau=TAU, seed: int = 0) -> tuple[list[int], torch.Tensor]:
-    """Greedy tokens and every roster's logits [steps, n, V] from roe.py, with this prompt alone and the same noise."""
+def by_roe(prompt: list[int], tau=TAU, seed: int = SEED) -> tuple[list[int], torch.Tensor]:
+    """What roe.py writes after this prompt alone, and every roster's logits [steps, n, V]."""
     import roe
-    from cache import SharedCache
     from load import load
 
-    model, _ = load(None, device="cpu", dtype="float32")
-    tau = roe.temperatures(model.config, tau)
-    noisy = [layer for layer, value in enumerate(tau) if value > 0]
-    cache, tokens, rows = SharedCache(model.config, len(prompt) + STEPS), [], []
-    for _ in range(STEPS):
-        noise = draw(len(tau), model.config.num_experts, len(prompt) + len(tokens) - 1, seed)
-        calls = iter(noise[noisy])
-        monkeypatch.setattr(roe, "gumbel", lambda shape, generator: next(calls).view(shape))
-        unread = tokens[-1:] or prompt
-        rows.append(roe.predict(model, unread, cache, N, tau, torch.Generator(), weights="perturbed"))
-        tokens.append(roe.aggregate(rows[-1]).argmax().item())
+    rows, (model, _) = [], load(None, device="cpu", dtype="float32")
+    model.config.eos_token_id = None
+    watch = lambda logits, *_: rows.append(logits[:, 0])
+    tokens = list(roe.generate(model, prompt, N, tau, "shared", STEPS, seed=seed, watch=watch))
     return tokens, torch.stack(rows)
 
 
@@ -240,11 +237,13 @@ class Noise(TorchFunctionMode):
 @torch.inference_mode()
 def by_transformers(model, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
     """As `by_roe`, from a model of transformers that reads the whole sequence anew for every token."""
+    from roe import gumbel
+
     named = model.named_parameters()
     weights = [p for name, p in named if name.endswith(".weight") and p.shape == (E, model.config.hidden_size)]
     tokens, rows = list(prompt), []
     for _ in range(STEPS):
-        noise = TAU * draw(len(weights), E, len(tokens) - 1)
+        noise = TAU * gumbel(SEED, len(tokens) - 1, N, len(weights), E).transpose(0, 1)
         noise[[0, -1]] = 0
         with Noise(weights, noise):
             rows.append(model(torch.tensor([tokens] * N), use_cache=False).logits[:, -1])
@@ -271,8 +270,7 @@ def assert_equal_texts(texts: list[dict], expected: list[tuple]):
 
 @pytest.fixture(scope="session")
 def expected(prompts):
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        return [by_roe(prompt, monkeypatch) for prompt in prompts]
+    return [by_roe(prompt) for prompt in prompts]
 
 
 # ---- Tests ----------------------------------------------------------------------------------------------------------
@@ -288,9 +286,14 @@ def test_rows_are_those_of_roe(engines, expected):
     assert_equal_rows(engines["alone"], *expected[1])
 
 
-def test_one_temperature_per_layer_and_a_seed(engines, prompts, monkeypatch):
-    tau = json.loads(Path(TINY, "tau.json").read_text())
-    assert_equal_rows(engines["tuned"], *by_roe(prompts[1], monkeypatch, tau, seed=3))
+def test_temperatures_beside_the_model_and_a_seed(engines, prompts):
+    """Left out, ROE_TAU is what roe.py reads: tiny/tau.json."""
+    assert_equal_rows(engines["tuned"], *by_roe(prompts[1], None, seed=3))
+
+
+def test_text_that_is_cut_goes_on_as_if_it_had_not_been(engines, expected):
+    for text, k in zip(engines["cut"]["texts"], (1, 20), strict=True):
+        assert text["tokens"][: STEPS - k] == expected[1][0][k:]
 
 
 def test_requests_of_different_lengths_in_one_batch(engines, expected):
@@ -316,7 +319,8 @@ def test_refused_by_name(name, engines):
 
 
 def test_wrong_settings_and_scoring_are_refused(engines):
-    assert "ROE_TAU a number >= 0 or a list of 6" in engines["many tau"]["error"]
+    for name in WRONG:
+        assert "ROE_TAU a number from 0 to 100 or a list of 6" in engines[name]["error"]
     assert "scores no prompts" in engines["scoring"]["error"]
 
 

@@ -1,17 +1,19 @@
 """Roster of Experts (RoE, arXiv 2509.17238) for Hugging Face transformers' mixture-of-experts models, in one file.
 
-    model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-30B-A3B", device_map="auto")
+    model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-30B-A3B", dtype="auto")
     add_roe(model, rosters=8)
-    ids = generate(model, tokenizer("Why is the sky blue?", return_tensors="pt").input_ids.to(model.device))
+    ids = generate(model, tokenizer("Why is the sky blue?", return_tensors="pt").input_ids)
 
 The n rosters of a token are n equal rows of a batch; row 0 is the clean path. Only its keys and values are kept (2.3).
-The others get noise in their routers (2.1), at the last position; the predictions of all rows are averaged (3.1).
+The others get noise in their routers (2.1), at the last position; the predictions of all rows are averaged (3.1). The
+noise is a function of seed and position, the one of roe.py: in float32 one seed is one text there and here.
 No router is rewritten. Its own forward runs under a `TorchFunctionMode`, which sees all that it asks of torch: for its
 first matrix product, the logits R, it is handed R + tau G, and what it makes of them are the "perturbed" weights. For
 "clean" ones it runs again, without noise, but each of its top-k is made to choose what it chose with noise: so it gives
 its own weights, by its own rule, to the experts that noise chose."""
 
 import argparse
+import hashlib
 import inspect
 import json
 import math
@@ -21,26 +23,34 @@ import time
 from types import SimpleNamespace
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LogitsProcessor, TextStreamer
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.distributed import DistributedConfig
+from transformers.utils import cached_file
 
-WEIGHTS = "perturbed"  # the default; "clean" is the letter of equation 1
+TAU, WEIGHTS = 0.2, "perturbed"  # the defaults; "clean" is the letter of equation 1
 CHOICES = torch.return_types.topk, torch.return_types.max
 
 
-def gumbel(shape, generator):
-    """I.i.d. Gumbel(0, 1) noise in float32, on the generator's device. All routing noise comes from here."""
-    return -torch.empty(shape, device=generator.device).exponential_(generator=generator).log()
+def gumbel(seed: int, position: int, rosters: int, layers: int, experts: int) -> Tensor:
+    """The noise of a token: i.i.d. Gumbel(0, 1), G [rosters - 1, layers, experts], float32, on the CPU.
+
+    It is a hash of the seed and of the token's position in its text, and depends on nothing else. Rosters come first,
+    so that those of m rosters are the first of n; there is none for the clean one. All noise comes from here.
+    """
+    digest = hashlib.shake_128(f"{seed:d} {position:d}".encode()).digest(4 * rosters * layers * experts)
+    uniform = (torch.frombuffer(bytearray(digest), dtype=torch.int32).double() + 2**31 + 0.5) / 2**32  # never 0 or 1
+    return -(-uniform.log()).log().float().view(rosters, layers, experts)[1:]
 
 
 class NoisyForward(TorchFunctionMode):
     """A router's forward, with noise in rows 1 to n - 1 of its logits [n * T, E], at the last position."""
 
-    def __init__(self, roe, router, tau):
+    def __init__(self, roe, router, layer, tau):
         super().__init__()
-        self.roe, self.plain, self.tau, self.kind = roe, router.forward, tau, type(router).__name__
+        self.roe, self.plain, self.kind, self.layer, self.tau = roe, router.forward, type(router).__name__, layer, tau
 
     def __call__(self, *args, **kwargs):
         if self.roe.rows == 1:
@@ -58,8 +68,11 @@ class NoisyForward(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if self.logits is None and func in (torch.nn.functional.linear, torch.mm, torch.matmul):
+            out = out if self.kind == "Llama4Router" else out.float()  # whose experts multiply by what it makes of them
             self.logits = out.view(self.roe.rows, -1, out.shape[-1])[1:, -1]
-            self.logits += self.tau * gumbel(self.logits.shape, self.roe.generator).to(out.device)
+            if self.roe.noise is None:  # it is drawn once for all routers
+                self.roe.noise = self.roe.draw(out.shape[-1]).to(out.device)
+            self.logits += self.tau * self.roe.noise[:, self.layer].to(out.device)
         elif isinstance(out, CHOICES) and (indices := next(self.again, None)) is not None:
             values = args[0].gather(-1, indices.view(*args[0].shape[:-1], -1)).view(indices.shape)
             return type(out)((values, indices))
@@ -68,12 +81,22 @@ class NoisyForward(TorchFunctionMode):
         return out
 
 
-def add_roe(model, rosters, tau=0.2, skip=1, seed=0, weights=WEIGHTS):
-    """Makes a model route batches of `rosters` rows with noise (equation 1); one row stays what it is.
+def read_tau(file):
+    """The temperatures in a JSON file: a list of numbers, one for each mixture layer."""
+    with open(file, "rb") as opened:
+        values = json.load(opened)
+    if type(values) is not list or not all(type(value) in (int, float) for value in values):
+        raise ValueError(f"{file} is not a JSON list of numbers")
+    return values
 
-    `tau`: of all mixture layers but the first and last `skip`, or one for each (2.2). `weights` of the chosen experts:
-    the router's for R + tau G ("perturbed") or its own, for R ("clean"). `seed`: of the noise, which `generate` starts
-    anew for every text. Raises ValueError for a model that this cannot be right for, or arguments out of range."""
+
+def add_roe(model, rosters, tau=None, skip=1, seed=0, weights=WEIGHTS):
+    """Makes a model route batches of `rosters` equal rows with noise (equation 1); one row stays what it is.
+
+    `tau`: of all mixture layers but the first and last `skip`, or one for each (2.2); None: as in a `tau.json` beside
+    the model, else 0.2. `weights` of the chosen experts: the router's for R + tau G ("perturbed") or its own,
+    for R ("clean"). `seed`: of the noise. Raises ValueError for a model that this cannot be right for, or arguments out
+    of range."""
     kind, module, modules = model.config.model_type, sys.modules[type(model).__module__], dict(model.named_modules())
     odd = {type(layer) for layer in CleanCache(config=model.config).layers} - {DynamicLayer, DynamicSlidingWindowLayer}
     own = [v for k, v in vars(module).items() if k.endswith("Cache") and v.__module__ == module.__name__]
@@ -83,19 +106,29 @@ def add_roe(model, rosters, tau=0.2, skip=1, seed=0, weights=WEIGHTS):
     routers = [modules[b + name] for b in blocks for name in ("gate", "router") if b + name in modules]
     if not (L := len(routers)):
         raise ValueError(f"{kind} has no router that RoE can find: a module `gate` or `router` beside `experts`")
-    tau = [tau if skip <= i < L - skip else 0.0 for i in range(L)] if isinstance(tau, (int, float)) else list(tau)
-    if not (rosters > 0 <= skip and len(tau) == L and min(tau) >= 0 and weights in ("clean", "perturbed")):
-        raise ValueError(f"{rosters=}, {skip=}, {tau=}, {weights=}: need >= 1, >= 0, {L} >= 0, clean or perturbed")
+    if tau is None and model.name_or_path:
+        commit = getattr(model.config, "_commit_hash", None)  # of models from the hub
+        quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+        file = cached_file(model.name_or_path, "tau.json", revision=commit, **quiet)
+        tau = read_tau(file) if file else None
+    tau = torch.as_tensor(TAU if tau is None else tau, dtype=torch.float64).tolist()
+    tau = [tau if skip <= i < L - skip else 0.0 for i in range(L)] if isinstance(tau, float) else tau
+    in_range = rosters > 0 <= skip and len(tau) == L and all(0 <= value <= 100 for value in tau)
+    if not in_range or weights not in ("clean", "perturbed"):
+        raise ValueError(f"{rosters=}, {skip=}, {tau=}, {weights=}: need >= 1, >= 0, {L} of 0-100, clean or perturbed")
     remove_roe(model)
-    noisy = [(router, value) for router, value in zip(routers, tau) if value > 0 and rosters > 1]
-    generator = torch.Generator(model.device).manual_seed(seed)
-    roe = model.roe = SimpleNamespace(rosters=rosters, weights=weights, seed=seed, generator=generator, rows=1, ran=0)
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    noisy = [i for i in range(L) if tau[i] > 0 and rosters > 1]
+    roe = model.roe = SimpleNamespace(rosters=rosters, weights=weights, seed=seed, cache_name=name, rows=1, ran=0)
 
     def before(_, args, kwargs):
-        inputs = *args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        roe.rows, roe.ran = len(next(x for x in inputs if x is not None)), 0
-        if roe.rows not in (1, rosters):
-            raise ValueError(f"a batch must have one row, or {rosters} equal ones for the rosters, not {roe.rows}")
+        x = next(x for x in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None)
+        roe.rows, roe.ran, roe.noise, history = len(x), 0, None, kwargs.get(name)
+        known = history is None or isinstance(history, CleanCache)  # another one would keep the rosters' history
+        if roe.rows > 1 and not (roe.rows == rosters and known and (x == x[:1]).all()):
+            raise ValueError(f"a batch must have one row, or {rosters} equal ones and a CleanCache for the rosters")
+        position = (history.get_seq_length() if history else 0) + x.shape[1] - 1  # of the last token, in its text
+        roe.draw = lambda experts: gumbel(seed, position, rosters, L, experts)
 
     def after(*_):
         if roe.rows > 1 and roe.ran != len(noisy):
@@ -103,10 +136,10 @@ def add_roe(model, rosters, tau=0.2, skip=1, seed=0, weights=WEIGHTS):
 
     hooks = [model.base_model.register_forward_pre_hook(before, with_kwargs=True)]
     roe.undo = [hook.remove for hook in (*hooks, model.base_model.register_forward_hook(after))]
-    for router, value in noisy:
-        old = vars(router).get("forward")  # one that was set on the module, as accelerate does
-        roe.undo.append(lambda r=router, old=old: setattr(r, "forward", old) if old else delattr(r, "forward"))
-        router.forward = NoisyForward(roe, router, value)
+    for i in noisy:
+        old = vars(routers[i]).get("forward")  # one that was set on the module, as accelerate does
+        roe.undo.append(lambda r=routers[i], old=old: setattr(r, "forward", old) if old else delattr(r, "forward"))
+        routers[i].forward = NoisyForward(roe, routers[i], i, tau[i])
 
 
 def remove_roe(model):
@@ -124,24 +157,33 @@ class CleanCache(DynamicCache):
         return clean if n == 1 else (torch.cat((rows[0], key_states), 2), torch.cat((rows[1], value_states), 2))
 
 
-class EqualRows(torch.Tensor):
-    """Scores [n, vocab] with equal rows; what is drawn from them is drawn once, for all rows."""
+class EqualRows(Tensor):
+    """Scores [n, vocab] with equal rows. What is drawn from them is drawn once, for all, with Gumbel noise [vocab]."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        x = super().__torch_function__(func, types, args, kwargs)
-        return x[:1].expand_as(x).as_subclass(torch.Tensor) if func in (torch.multinomial, torch.argmax) else x
+        x, noise = super().__torch_function__(func, types, args, kwargs), getattr(args[0], "noise", None)
+        if isinstance(x, cls):
+            x.noise = noise
+        if func is torch.multinomial and noise:  # args[0]: the probabilities
+            x[:] = (args[0][0].as_subclass(Tensor).log() + noise().to(x.device)).argmax()
+        return x[:1].expand_as(x).as_subclass(Tensor) if func in (torch.multinomial, torch.argmax) else x
 
 
 class Average(LogitsProcessor):
-    """Log of the rows' mean probability (section 3.1), in every row. `overruled` counts where row 0 chose otherwise."""
+    """Log of the rows' mean probability (section 3.1), in every row. `overruled` counts where row 0 chose otherwise.
 
-    overruled = 0
+    Samples are drawn from it by seed and position, as roe.py draws them."""
+
+    def __init__(self, seed=0):
+        self.seed, self.overruled = seed, 0
 
     def __call__(self, input_ids, scores):
         mean = scores.float().log_softmax(-1).logsumexp(0) - math.log(len(scores))
         self.overruled = self.overruled + (mean.argmax() != scores[0].argmax())
-        return mean.repeat(len(scores), 1).as_subclass(EqualRows)
+        rows = mean.repeat(len(scores), 1).as_subclass(EqualRows)
+        rows.noise = lambda: gumbel(self.seed, -input_ids.shape[1], 2, 1, len(mean))[0, 0]
+        return rows
 
 
 @torch.inference_mode()
@@ -149,15 +191,14 @@ def generate(model, input_ids, attention_mask=None, cache=None, average=None, st
     """Continues one text, ids [1, T], with the rosters of `add_roe`: reads it with one row, writes with n.
 
     Takes what `model.generate` takes, and a `CleanCache` or an `Average` to look at afterwards; returns ids [1, T + new
-    ones], or with return_dict_in_generate n rows of all. torch's global generator draws samples."""
-    if not hasattr(model, "roe") or len(input_ids) != 1 or (attention_mask is not None and not attention_mask.all()):
-        raise ValueError("generate continues one text, ids [1, T] without padding, with a model after add_roe")
-    roe, cache = model.roe, CleanCache(config=model.config) if cache is None else cache
-    roe.generator.manual_seed(roe.seed)
-    cached = {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
+    ones], or with return_dict_in_generate n rows of all."""
+    one_text = len(input_ids) == 1 and input_ids.numel() and (attention_mask is None or attention_mask.all())
+    if not hasattr(model, "roe") or not one_text:
+        raise ValueError("generate continues one text, ids [1, T >= 1] without padding, with a model after add_roe")
+    roe, cached = model.roe, {model.roe.cache_name: CleanCache(config=model.config) if cache is None else cache}
     if input_ids.shape[1] > 1:
         model.base_model(input_ids=input_ids[:, :-1], use_cache=True, **cached)
-    options["logits_processor"] = [average or Average(), *options.get("logits_processor", [])]
+    options["logits_processor"] = [average or Average(roe.seed), *options.get("logits_processor", [])]
     options["streamer"] = streamer and SimpleNamespace(put=lambda ids: streamer.put(ids[:1]), end=streamer.end)
     input_ids = input_ids.repeat(roe.rosters, 1)
     out = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **cached, **options)
@@ -166,20 +207,23 @@ def generate(model, input_ids, attention_mask=None, cache=None, average=None, st
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="The options are those of roe.py.")
-    options = {"model": "", "prompt": "", "rosters": 4, "tau": "0.2", "skip": 1, "weights": WEIGHTS, "seed": 0}
+    options = {"model": "", "prompt": "", "rosters": 4, "skip": 1, "weights": WEIGHTS, "seed": 0}
     options |= {"max-new-tokens": 128, "temperature": 0.0, "top-p": 1.0, "dtype": "auto"}
     for name, value in options.items():
         parser.add_argument(f"--{name}", type=type(value), default=value, required=value == "", help=f"[{value}]")
+    parser.add_argument("--tau", help=f"one number, or a JSON file [tau.json beside the model, else {TAU}]")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     args, times, where = parser.parse_args(), [], {"device_map": "auto"} if torch.accelerator.is_available() else {}
     if os.environ.get("RANK", "0") != "0":  # all processes write the same text
         sys.stdout = sys.stderr = open(os.devnull, "w")
     try:
+        if not args.temperature >= 0:
+            raise ValueError(f"--temperature must be 0 (greedy) or more, not {args.temperature}")
+        tau = read_tau(args.tau) if args.tau and os.path.isfile(args.tau) else args.tau and float(args.tau)
         if "RANK" in os.environ:  # torchrun
             where = {"distributed_config": DistributedConfig(tp_plan="auto")}
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, **where)
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-        tau = json.load(open(args.tau)) if os.path.isfile(args.tau) else float(args.tau)
         add_roe(model, args.rosters, tau, args.skip, args.seed, args.weights)
         text = sys.stdin.read() if args.prompt == "-" else args.prompt
         chat = [{"role": "user", "content": text}]
@@ -188,11 +232,10 @@ if __name__ == "__main__":
         options = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
         options |= {"temperature": args.temperature, "top_p": args.top_p, "top_k": 0} if args.temperature > 0 else {}
         text = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        cache, average = CleanCache(config=model.config), Average()
+        cache, average = CleanCache(config=model.config), Average(args.seed)
         timed = SimpleNamespace(put=lambda ids: (times.append(time.perf_counter()), text.put(ids)), end=text.end)
-        torch.manual_seed(args.seed)
         n = generate(model, ids, cache=cache, average=average, streamer=timed, **options).shape[1] - ids.shape[1]
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # the last where accelerate is missing
         parser.exit(2, f"roe_transformers.py: error: {' '.join(str(error).split())}\n")
     speed, nbytes = (n - 1) / (times[-1] - times[1] or 1), sum(kv.keys.nbytes + kv.values.nbytes for kv in cache.layers)
     stats = f"{n} tokens, {speed:.1f} tokens/s, rosters: {args.rosters}, cache: {nbytes:,} bytes; the average overruled"

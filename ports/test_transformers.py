@@ -222,29 +222,28 @@ def shift(stack, router, noise, rule, weights):
 
 
 @pytest.mark.parametrize("weights", ["perturbed", "clean"])
-def test_every_row_equals_a_run_of_its_own(family, weights, monkeypatch):
+def test_every_row_equals_a_run_of_its_own(family, weights):
     rule, model = family
-    n, tau, noise, gumbel = 4, 1.0, [], port.gumbel
-    monkeypatch.setattr(port, "gumbel", lambda *args: noise.append(gumbel(*args)) or noise[-1])
+    n, tau = 4, 1.0
     port.add_roe(model, n, tau, seed=2, weights=weights)
     routers = [m for m in model.modules() if isinstance(vars(m).get("forward"), port.NoisyForward)]
     cache = port.CleanCache(config=model.config)
     forward(model, IDS[:, :-2], cache)
-    assert not noise
     rows = [forward(model, ids.repeat(n, 1), cache) for ids in (IDS[:, -2:-1], IDS[:, -1:])]
     port.remove_roe(model)
-    widths = [next(p for p in router.parameters() if p.dim() == 2).shape[0] for router in routers]
-    assert [g.shape for g in noise] == [(n - 1, width) for width in widths] * 2 and routers
+    (experts,) = {next(p for p in router.parameters() if p.dim() == 2).shape[0] for router in routers}
+    layers = len(routers) + 2  # the first and the last one have no noise
+    noise = [port.gumbel(2, position, n, layers, experts)[:, 1:-1] for position in (PROMPT - 2, PROMPT - 1)]
 
     history = DynamicCache(config=model.config)
     forward(model, IDS[:, :-2], history)
     scale = max(1.0, rows[0].abs().max().item())  # Granite multiplies, and with its logits their rounding
     close, moved = partial(torch.testing.assert_close, atol=TOLERANCE * scale, rtol=0), []
-    for ids, got, drawn in zip((IDS[:, -2:-1], IDS[:, -1:]), rows, (noise[: len(routers)], noise[len(routers) :])):
+    for ids, got, drawn in zip((IDS[:, -2:-1], IDS[:, -1:]), rows, noise):
         for row in range(1, n):
             with contextlib.ExitStack() as stack:
-                for router, g in zip(routers, drawn):
-                    shift(stack, router, tau * g[row - 1], rule, weights)
+                for router, g in zip(routers, drawn[row - 1]):
+                    shift(stack, router, tau * g, rule, weights)
                 close(forward(model, ids, copy.deepcopy(history))[0], got[row])
             moved.append((got[row] - got[0]).abs().max() > 100 * TOLERANCE)
         close(forward(model, ids, history)[0], got[0])
@@ -302,18 +301,51 @@ def mixtral():
 
 
 def test_arguments_out_of_range(mixtral):
-    for wrong in ({"rosters": 0}, {"skip": -1}, {"tau": -0.1}, {"tau": [0.1] * 4}, {"weights": "softmax"}):
+    for wrong in (
+        {"rosters": 0},
+        {"skip": -1},
+        {"tau": -0.1},
+        {"tau": [0.1] * 4},
+        {"tau": float("nan")},
+        {"weights": "softmax"},
+    ):
         with pytest.raises(ValueError, match=f"{[*wrong][0]}="):
             port.add_roe(mixtral, **{"rosters": 2} | wrong)
     with pytest.raises(ValueError, match="after add_roe"):
         port.generate(mixtral, IDS)
     port.add_roe(mixtral, 3)
-    with pytest.raises(ValueError, match="one row, or 3 equal ones"):
-        forward(mixtral, IDS.repeat(2, 1), None)
-    with pytest.raises(ValueError, match="one text"):
-        port.generate(mixtral, IDS.repeat(3, 1))
+    for ids in (IDS.repeat(3, 1), IDS[:, :0]):
+        with pytest.raises(ValueError, match="one text"):
+            port.generate(mixtral, ids)
     with pytest.raises(ValueError, match="without padding"):
         port.generate(mixtral, IDS, (IDS > 30).long())
+
+
+def test_several_texts_are_not_taken_for_rosters(mixtral):
+    port.add_roe(mixtral, 3)
+    several, embed = IDS.view(-1)[: 3 * 5].view(3, 5), mixtral.get_input_embeddings()
+    cache = port.CleanCache(config=mixtral.config)
+    forward(mixtral, IDS, cache)
+    for call in (
+        lambda: forward(mixtral, IDS.repeat(2, 1), None),  # another number
+        lambda: forward(mixtral, several, None),
+        lambda: forward(mixtral, several, cache),
+        lambda: mixtral(inputs_embeds=embed(several)),
+        lambda: mixtral.model(several),
+        lambda: mixtral.generate(several, max_new_tokens=2),
+        lambda: mixtral.generate(IDS, do_sample=True, num_return_sequences=3, max_new_tokens=2),
+        lambda: forward(mixtral, IDS.repeat(3, 1), DynamicCache(config=mixtral.config)),  # of which rows go their ways
+    ):
+        with pytest.raises(ValueError, match="one row, or 3 equal ones"):
+            call()
+
+
+def test_a_pipeline_of_several_texts():
+    pipe = transformers.pipeline("text-generation", str(ROOT / "tiny"), dtype=torch.float32, device="cpu")
+    pipe.tokenizer.pad_token = pipe.tokenizer.eos_token = "<|endoftext|>"
+    port.add_roe(pipe.model, 4)
+    with pytest.raises(ValueError, match="one row, or 4 equal ones"):
+        pipe(["import os", "class A:", "x = 1", "def f():"], batch_size=4, max_new_tokens=2)
 
 
 def test_what_noise_cannot_reach_is_an_error_not_a_result(mixtral):
@@ -349,13 +381,34 @@ def test_temperatures(mixtral):
     assert [mixtral.model.layers[i].mlp.gate.forward.tau for i in (2, 4)] == [0.1, 1]
 
 
+def test_temperatures_beside_a_model(tmp_path):
+    """A model's own are what roe.py takes; those of a file count as numbers do."""
+    from load import load
+
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(ROOT / "tiny" / name)
+
+    def found(**options):
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        port.add_roe(model, 2, **options)
+        return [getattr(vars(layer.mlp.gate).get("forward"), "tau", 0) for layer in model.model.layers]
+
+    assert found() == [0, 0.2, 0.2, 0.2, 0.2, 0]
+    (tmp_path / "tau.json").write_text((ROOT / "tiny" / "tau.json").read_text())
+    assert found() == load(None, "cpu")[0].config.tau != found(tau=0.5) == [0, 0.5, 0.5, 0.5, 0.5, 0]
+    for wrong in ('{"tau": 0.1}', '[0, "0.1"]', "[0", "0.5"):
+        (tmp_path / "tau.json").write_text(wrong)
+        with pytest.raises(ValueError):
+            found()
+
+
 def test_one_seed_is_one_text(mixtral):
     def text(**options):
         port.add_roe(mixtral, 4, 1.0, **options)
         return port.generate(mixtral, IDS, max_new_tokens=30, do_sample=False)
 
     assert text(seed=1).equal(text(seed=1)) and not text(seed=1).equal(text(seed=2))
-    port.generate(mixtral, IDS, max_new_tokens=3, do_sample=False)  # noise starts anew for every text
+    port.generate(mixtral, IDS, max_new_tokens=3, do_sample=False)  # what was written before does not matter
     assert port.generate(mixtral, IDS, max_new_tokens=30, do_sample=False).equal(text(seed=2))
 
 
@@ -379,18 +432,20 @@ def test_average():
 
 
 def test_sampling_draws_one_token_for_all_rows(mixtral):
-    scores = port.Average()(None, torch.randn(3, 5))
-    probs = torch.nn.functional.softmax(scores, -1)  # as `generate` does
-    draws = torch.stack([torch.multinomial(probs, num_samples=1) for _ in range(4000)])
+    raw, draws = torch.randn(3, 5), []
+    for position in range(4000):
+        scores = port.Average()(torch.zeros(3, position + 1), raw)
+        probs = torch.nn.functional.softmax(scores, -1)  # as `generate` does
+        draws.append(torch.multinomial(probs, num_samples=1))
+    draws = torch.stack(draws)
     assert type(draws) is torch.Tensor and draws.equal(draws[:, :1].expand(-1, 3, -1))
     frequencies = draws[:, 0, 0].bincount(minlength=5) / 4000
     assert (frequencies - probs[0]).abs().max() < 0.04  # five times sqrt(1 / 4 / 4000)
 
-    port.add_roe(mixtral, 4, 1.0)
     options = {"do_sample": True, "temperature": 0.9, "top_p": 0.9, "max_new_tokens": 20}
     several = []
     for seed in (0, 0, 1):
-        torch.manual_seed(seed)
+        port.add_roe(mixtral, 4, 1.0, seed=seed)
         several.append(port.generate(mixtral, IDS, **options, return_dict_in_generate=True).sequences)
     assert all(rows.equal(rows[:1].expand(4, -1)) for rows in several)
     assert several[0].equal(several[1]) and not several[0].equal(several[2])
@@ -412,30 +467,58 @@ def test_what_is_handed_on(mixtral):
 # ---- The embedded model, against roe.py ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weights", ["perturbed", "clean"])
-def test_rows_equal_those_of_roe_py(weights, monkeypatch):
-    import roe
-    from cache import SharedCache
+@pytest.fixture(scope="module")
+def both():
+    """The embedded model in float32: here, and in roe.py; and the ids of a prompt."""
     from load import load
 
     ours, tokenizer = load(None, "cpu", "float32")
     model = transformers.AutoModelForCausalLM.from_pretrained(ROOT / "tiny", dtype=torch.float32)
-    tokens = tokenizer.encode("class Stack:\n    def push(self, item):\n").ids
-    n, tau = 6, 0.6
-    noise = [roe.gumbel((n - 1, 16), torch.Generator().manual_seed(i)) for i in range(64)]
-    for module, shape in ((roe, (n - 1, 1, 16)), (port, (n - 1, 16))):
-        draws = iter(noise)
-        monkeypatch.setattr(module, "gumbel", lambda _, generator, draws=draws, shape=shape: next(draws).view(shape))
-    port.add_roe(model, n, tau, weights=weights)
+    return model, ours, tokenizer.encode("class Stack:\n    def push(self, item):\n").ids
+
+
+def test_noise_is_that_of_roe_py():
+    import roe
+
+    assert inspect.getsource(port.gumbel) == inspect.getsource(roe.gumbel)
+
+
+@pytest.mark.parametrize("weights", ["perturbed", "clean"])
+def test_rows_equal_those_of_roe_py(both, weights):
+    import roe
+    from cache import SharedCache
+
+    model, ours, tokens = both
+    n, tau, seed = 6, 0.6, 2**40 + 1
+    port.add_roe(model, n, tau, seed=seed, weights=weights)
     cache, history = port.CleanCache(config=model.config), SharedCache(ours.config, len(tokens))
     forward(model, torch.tensor([tokens[:-3]]), cache)
-    expected = []
-    for step in range(3):
-        read = tokens[: len(tokens) - 2] if step == 0 else tokens[len(tokens) - 3 + step : len(tokens) - 2 + step]
-        expected.append(roe.predict(ours, read, history, n, tau, torch.Generator(), weights))
-        got = forward(model, torch.tensor([tokens[len(tokens) - 3 + step : len(tokens) - 2 + step]] * n), cache)
-        torch.testing.assert_close(got, expected[-1], atol=TOLERANCE, rtol=0)
-    assert (expected[0][1:] - expected[0][0]).abs().amax(-1).min() > 100 * TOLERANCE
+    for start in range(len(tokens) - 3, len(tokens)):
+        read = tokens[history.length : start + 1]
+        expected = roe.predict(ours, read, history, n, tau, seed, weights)
+        got = forward(model, torch.tensor([tokens[start : start + 1]] * n), cache)
+        torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=0)
+        assert (expected[1:] - expected[0]).abs().amax(-1).min() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("weights", ["perturbed", "clean"])
+@pytest.mark.parametrize("seed", [1, 3])  # with which rosters overrule
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_one_seed_is_one_text_here_and_in_roe_py(both, temperature, seed, weights):
+    """Greedy and sampled, in one go, and cut and continued."""
+    import roe
+
+    model, ours, tokens = both
+    n, tau, new = 8, 0.6, 60
+    expected = list(roe.generate(ours, tokens, n, tau, "shared", new, temperature, 0.9, seed, weights))
+    options = {"do_sample": True, "temperature": temperature, "top_p": 0.9, "top_k": 0} if temperature else {}
+    port.add_roe(model, n, tau, seed=seed, weights=weights)
+    for pieces in ([new], [17, 1, new - 18]):
+        ids = torch.tensor([tokens])
+        for more in pieces:
+            ids = port.generate(model, ids, max_new_tokens=more, **options)
+        assert len(expected) == new and ids[0].tolist() == tokens + expected
+    assert expected != list(roe.generate(ours, tokens, 1, tau, "shared", new, temperature, 0.9, seed, weights))
 
 
 def run(*arguments, processes=0):
@@ -447,24 +530,35 @@ def run(*arguments, processes=0):
     )
 
 
-def test_the_program():
-    """It writes what roe.py writes, in one process and in two."""
+@pytest.mark.parametrize("processes", [0, 2])
+def test_the_program(processes):
+    """It writes what roe.py writes, by default with the temperatures beside the model; in one process and in two."""
     import roe
     from load import load
 
+    if processes:
+        pytest.importorskip("accelerate", reason="transformers needs it for more than one process")
     model, tokenizer = load(None, "cpu", "float32")
-    prompt, options = "class Stack:", ("--rosters", "3", "--tau", "0.4", "--seed", "5", "--max-new-tokens", "24")
-    tokens = list(
-        roe.generate(model, tokenizer.encode(prompt).ids, 3, 0.4, seed=5, max_new_tokens=24, weights=port.WEIGHTS)
-    )
-    for processes in (0, 2):
-        done = run("--prompt", prompt, *options, processes=processes)
-        assert done.returncode == 0 and done.stdout == tokenizer.decode(tokens) + "\n", done.stderr
-        (line,) = [line for line in done.stderr.splitlines() if "tokens/s" in line]
-        assert line.startswith("24 tokens, ") and "rosters: 3, cache: " in line and "the average overruled" in line
+    options = {"seed": 5, "max_new_tokens": 24, "temperature": 0.9, "top_p": 0.8}
+    tokens = list(roe.generate(model, tokenizer.encode("class Stack:").ids, 3, **options))
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    done = run("--prompt", "class Stack:", "--rosters", "3", *flags, processes=processes)
+    assert done.returncode == 0 and done.stdout == tokenizer.decode(tokens) + "\n", done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "tokens/s" in line]
+    assert line.startswith("24 tokens, ") and "rosters: 3, cache: " in line and "the average overruled" in line
 
 
-def test_bad_input_is_one_line():
-    done = run("--prompt", "x", "--rosters", "0")
-    assert done.returncode == 2 and done.stdout == ""
-    assert [line for line in done.stderr.splitlines() if "roe_transformers.py: error: rosters=0" in line]
+def test_bad_input_is_one_line(tmp_path):
+    (tmp_path / "tau.json").write_text("{}")
+    for arguments, message in (
+        (("--rosters", "0"), "rosters=0"),
+        (("--prompt", ""), "one text"),
+        (("--temperature", "-1"), "--temperature must be 0 (greedy) or more, not -1.0"),
+        (("--temperature", "nan"), "--temperature must be"),
+        (("--tau", str(tmp_path / "tau.json")), "is not a JSON list of numbers"),
+        (("--tau", "high"), "'high'"),
+    ):
+        done = run("--prompt", "x", *arguments)
+        assert done.returncode == 2 and done.stdout == ""
+        (line,) = [line for line in done.stderr.splitlines() if line and "Loading weights" not in line]
+        assert line.startswith("roe_transformers.py: error: ") and message in line

@@ -1019,7 +1019,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         file = self.path.removeprefix(f"/test/model/resolve/{self.commit}/")
-        if self.path == "/api/models/test/model/revision/main":
+        if self.path in (f"/api/models/test/model/revision/{name}" for name in ("main", "step100-tokens1B")):
             self.answer(200, json.dumps({"id": "test/model", "sha": self.commit, "siblings": []}).encode())
         elif self.path.startswith(f"/api/models/test/model/tree/{self.commit}"):
             entries = [{"type": "file", "path": n, "size": len(b), "oid": self.commit} for n, b in self.files.items()]
@@ -1048,7 +1048,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 def test_hub_ids(small, tmp_path):
     Hub.files = {file.name: file.read_bytes() for file in small.path.iterdir()}
-    Hub.files |= {"pytorch_model.bin": b"a pickle", "README.md": b"not needed"}
+    Hub.files |= {"pytorch_model.bin": b"a pickle", "README.md": b"not needed", "vocab.json": b"nor this"}
+    Hub.files["original/model.safetensors"] = b"gigabytes"
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
@@ -1071,6 +1072,8 @@ def test_hub_ids(small, tmp_path):
         "model.safetensors",
         "tokenizer.json",
     ]
+    assert run("test/model@step100-tokens1B")[:2] == (0, text)
+    refused(run("test/model@step7"), "test/model@step7 is not a directory, and the hub does not deliver it")
     refused(run("test/unknown"), "test/unknown is not a directory, and the hub does not deliver it: it has no such")
     refused(run("test/gated"), "it is gated, accept its terms")
     server.shutdown()
@@ -1360,6 +1363,7 @@ BAD_ARGUMENTS = {
     "skip negative": (["--skip", "-1"], "--skip: must be a whole number from 0 to 1000000000, not -1"),
     "no such directory": (["--model", "no/such/directory"], "there is no directory no/such/directory"),
     "directory that steers the terminal": (["--model", "\x1b[2J"], r"there is no directory \x1b[2J, and"),
+    "a home that is not there": (["--model", "~nobody-of-this-name/x"], "~nobody-of-this-name/x cannot be read"),
     "a file for a directory": (["--model", __file__], "there is no directory"),
     "no name": (["--model", ""], "there is no config.json"),
     "no such text": (["--ppl", "missing.txt"], "missing.txt cannot be read (No such file or directory)"),

@@ -6,7 +6,6 @@ This is lm-eval's own command line, to which the model `roe` has been added. Mod
 transformers, by ports/roe_transformers.py, with the same arguments.
 """
 
-import inspect
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -160,7 +159,7 @@ class RoETransformers(HFLM):
         self,
         pretrained: str,
         rosters: int = 4,
-        tau: float | str = 0.2,
+        tau: float | str | None = None,
         skip: int = 1,
         weights: str = roe_transformers.WEIGHTS,
         cache: str = "shared",
@@ -173,9 +172,8 @@ class RoETransformers(HFLM):
         if cache != "shared":
             raise ValueError(f"models on transformers have the shared cache only; leave out cache={cache}")
         super().__init__(pretrained, device=None if device == "auto" else device, batch_size=1, **options)
-        roe_transformers.add_roe(self.model, rosters, read_tau(str(tau)), skip, seed, weights)
-        names = inspect.signature(self.model.forward).parameters
-        self.cache_name = "cache" if "cache" in names else "past_key_values"  # of which transformers 5 has had both
+        tau = read_tau(tau if tau is None else str(tau))
+        roe_transformers.add_roe(self.model, rosters, tau, skip, seed, weights)
 
     @torch.inference_mode()
     def score(self, pairs: Iterable[tuple[list[int], list[int]]]) -> Iterator[tuple[float, bool]]:
@@ -183,8 +181,7 @@ class RoETransformers(HFLM):
         model, state = self.model, self.model.roe
         for context, continuation in pairs:
             tokens = torch.tensor([(context + continuation)[-(self.max_length + 1) :]], device=self.device)
-            state.generator.manual_seed(state.seed)
-            history, total, greedy = {self.cache_name: roe_transformers.CleanCache(config=model.config)}, 0.0, True
+            history, total, greedy = {state.cache_name: roe_transformers.CleanCache(config=model.config)}, 0.0, True
             context, *steps = tokens[:, :-1].split(
                 [tokens.shape[1] - len(continuation) - 1] + [1] * len(continuation), 1
             )
@@ -201,13 +198,21 @@ class RoETransformers(HFLM):
         own = super()._loglikelihood_tokens if one else partial(RoE._loglikelihood_tokens, self)
         return own(requests, disable_tqdm, **options)
 
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        self.repeats = Counter()
+        return super().generate_until(requests, disable_tqdm)
+
     def _model_generate(self, context, max_length: int, stop: list[str], **options) -> torch.Tensor:
         if options.get("temperature", 0.0) == 0:
             options = {name: value for name, value in options.items() if name != "temperature"} | {"do_sample": False}
-        rosters = self.model.roe.rosters
-        options["stopping_criteria"] = stop_sequences_criteria(self.tokenizer, stop, context.shape[1], rosters)
+        state, prompt = self.model.roe, tuple(context[0].tolist())
+        options["stopping_criteria"] = stop_sequences_criteria(self.tokenizer, stop, context.shape[1], state.rosters)
         options |= {"max_length": max_length, "pad_token_id": self.tokenizer.pad_token_id}
-        return roe_transformers.generate(self.model, context, **options)
+        seed, state.seed = state.seed, state.seed + self.repeats[prompt]  # repeats are samples, as in `RoE`
+        self.repeats[prompt] += 1
+        text = roe_transformers.generate(self.model, context, **options)
+        state.seed = seed
+        return text
 
 
 if __name__ == "__main__":

@@ -276,10 +276,28 @@ def test_other_models_run_on_transformers(evaluate, mixtral, tmp_path):
         assert log_prob == pytest.approx(total, rel=1e-5)
 
     assert len(set(evaluate(ours, "generating"))) > 1
+    options = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 0.9}
+    several = [ours.generate_until(requests(*[("import os", options)] * 2)) for _ in range(2)]
+    assert several[0] == several[1] and several[0][0] != several[0][1]
     with pytest.raises(ValueError, match="leave out cache=branching"):
         RoE.create_from_arg_obj(arguments | {"cache": "branching"})
     with pytest.raises(ValueError, match="rosters=0"):
         RoE.create_from_arg_obj(arguments | {"rosters": 0})
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_transformers_and_roe_py_agree(evaluate, ours, small, task):
+    pytest.importorskip("accelerate", reason="lm-eval's hf model needs it")
+    from lm_eval_roe import RoETransformers
+
+    hf = {"pretrained": str(small.path), "dtype": "float32", "device": "cpu", "max_length": CONTEXT}
+    options = {"rosters": 4, "tau": 1.0, "seed": 7}
+    expected, got = evaluate(ours(**options), task), evaluate(RoETransformers(**hf | options), task)
+    assert expected != evaluate(ours(rosters=1), task)
+    if task == "choices":
+        assert [greedy for _, greedy in got] == [greedy for _, greedy in expected]
+        expected, got = [score for score, _ in expected], [score for score, _ in got]
+    assert got == (expected if task == "generating" else pytest.approx(expected, rel=1e-4))
 
 
 def test_what_cannot_be_done_is_refused(ours):

@@ -128,7 +128,7 @@ def add_roe(model, rosters, tau=None, skip=1, seed=0, weights=WEIGHTS):
         if roe.rows > 1 and not (roe.rows == rosters and known and (x == x[:1]).all()):
             raise ValueError(f"a batch must have one row, or {rosters} equal ones and a CleanCache for the rosters")
         position = (history.get_seq_length() if history else 0) + x.shape[1] - 1  # of the last token, in its text
-        roe.draw = lambda experts: gumbel(seed, position, rosters, L, experts)
+        roe.draw = lambda experts: gumbel(roe.seed, position, rosters, L, experts)
 
     def after(*_):
         if roe.rows > 1 and roe.ran != len(noisy):

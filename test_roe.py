@@ -19,12 +19,14 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,33 +35,21 @@ import pytest
 import tokenizers
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast, logging
 
+import model as parts
 import roe
 from cache import BranchingCache, SharedCache
 from load import chat_prompt, load, read_config, read_tokenizer
-from model import (
-    Config,
-    Expert,
-    Experts,
-    OLMoE,
-    PackedLinear,
-    SortedExperts,
-    StackedExperts,
-    WideLinear,
-    attend,
-    attend_in_blocks,
-    attend_widely,
-    packs_on,
-    top_k,
-    widens_on,
-)
+from model import Config, Expert, Experts, OLMoE, PackedLinear, attend, packs_on, top_k, widens_on
 
 logging.disable_progress_bar()
 torch.set_num_threads(1)  # models this small do not gain from more, and lose where the processor is shared
 
 ROOT = Path(__file__).parent
 INDEX = "model.safetensors.index.json"
+GONE = object()
 CLOSE = {"rtol": 0, "atol": 1e-4}
 SMALL = {
     "vocab_size": 304,
@@ -72,6 +62,7 @@ SMALL = {
     "num_experts_per_tok": 2,
     "max_position_embeddings": 128,
     "eos_token_id": None,
+    "experts_implementation": "eager",  # by default it multiplies by F.grouped_mm, which not all sizes allow
     "initializer_range": 0.2,  # large enough that attention, routing and experts all matter
 }
 CONFIGS = {
@@ -83,13 +74,7 @@ CONFIGS = {
     "tied head": {"tie_word_embeddings": True},
     "40 experts top 8": {"num_experts": 40, "num_experts_per_tok": 8},
     "4 experts top 2, 1 layer": {"num_experts": 4, "num_hidden_layers": 1},
-    "sizes for CPUs only": {
-        "hidden_size": 60,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 3,
-        "intermediate_size": 50,
-        "experts_implementation": "eager",  # transformers multiplies by F.grouped_mm too, unless told otherwise
-    },
+    "CPUs only": {"hidden_size": 60, "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 50},
     "rope and norm": {"rope_parameters": {"rope_theta": 50.0, "rope_type": "default"}, "rms_norm_eps": 1e-2},
 }
 LAYOUTS = {
@@ -123,23 +108,51 @@ def save(path, dtype=torch.float32, changes=None, **how):
     return hf
 
 
-def unfused(hf):
-    """{name: weight} of transformers' model, which fuses the experts of a layer; named as the published ones are."""
-    weights = {}
-    for name, tensor in hf.state_dict().items():
-        prefix, _, last = name.removeprefix("model.").rpartition(".")
-        if last == "gate_up_proj":
-            for e, (gate, up) in enumerate(expert.chunk(2) for expert in tensor):
-                weights |= {f"{prefix}.{e}.gate_proj.weight": gate, f"{prefix}.{e}.up_proj.weight": up}
-        elif last == "down_proj":
-            weights |= {f"{prefix}.{e}.down_proj.weight": down for e, down in enumerate(tensor)}
-        else:
-            weights[name.removeprefix("model.")] = tensor
-    return weights
-
-
 def random_tokens(count, seed=1):
     return torch.randint(256, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def config_of(values):
+    return Config(**{field.name: values[field.name] for field in dataclasses.fields(Config) if field.name in values})
+
+
+def generated(*args, **options):
+    return list(roe.generate(*args, **options))
+
+
+def watched(*args, **options):
+    """What `generate` yields, and all logits, log-probabilities, tokens and sizes of the cache that `watch` saw."""
+    seen = []
+
+    def watch(logits, log_probs, token, cache):
+        seen.append((logits.squeeze(1), log_probs.squeeze(0), token, cache.nbytes))
+
+    return generated(*args, watch=watch, **options), *zip(*seen)
+
+
+def scored(*args, **options):
+    """What `score` returns, and the logits, log-probabilities and tokens of the whole text that `watch` saw."""
+    seen = []
+    scores = roe.score(*args, watch=lambda *args: seen.append(args[:3]), **options)
+    logits, log_probs, tokens = zip(*seen)
+    return scores, torch.cat(logits, 1), torch.cat(log_probs), torch.cat(tokens)
+
+
+def rewrite(file, change):
+    """Applies a change to a JSON file's dict or to a safetensors file's tensors; what it sets to GONE is removed."""
+    content = json.loads(file.read_text()) if file.suffix == ".json" else load_file(file)
+    change(content)
+    content = {key: value for key, value in content.items() if value is not GONE}
+    if file.suffix == ".json":
+        file.write_text(json.dumps(content))
+    else:
+        save_file(content, file)
+
+
+def refused(result, sentence):
+    status, out, err = result
+    assert status == 2 and out == "" and err.count("\n") == 1 and err.startswith("roe.py: error: ")
+    assert sentence in err and err[:-1].isprintable() and len(err) < 2000
 
 
 @pytest.fixture(scope="module")
@@ -165,30 +178,31 @@ def test_model_equals_transformers(tmp_path, name):
     hf = save(tmp_path, changes=CONFIGS.get(name), **LAYOUTS.get(name, {}))
     model, _ = load(tmp_path, "cpu")
     tokens = random_tokens(40)
-    torch.testing.assert_close(model(torch.tensor([tokens])), hf(torch.tensor([tokens])).logits, **CLOSE)
+    expected = hf(torch.tensor([tokens])).logits
+    torch.testing.assert_close(model(torch.tensor([tokens])), expected, **CLOSE)
 
     cache = SharedCache(model.config, 40)  # the same in pieces, through the cache
     logits = [model(torch.tensor([piece]), cache) for piece in (tokens[:7], tokens[7:30], tokens[30:31], tokens[31:])]
-    torch.testing.assert_close(torch.cat(logits, 1), hf(torch.tensor([tokens])).logits, **CLOSE)
+    torch.testing.assert_close(torch.cat(logits, 1), expected, **CLOSE)
 
     expected = hf.generate(torch.tensor([tokens]), do_sample=False, max_new_tokens=64, pad_token_id=0)[0, 40:]
-    assert list(roe.generate(model, tokens, rosters=1, max_new_tokens=64)) == expected.tolist()
+    assert generated(model, tokens, rosters=1, max_new_tokens=64) == expected.tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_weights_load_exactly(tmp_path, monkeypatch, layout, dtype):
-    hf = save(tmp_path, dtype, **LAYOUTS[layout])
+    save(tmp_path, dtype, **LAYOUTS[layout]).save_pretrained(tmp_path / "published")
     assert (tmp_path / INDEX).exists() == ("sharded" in layout)
     assert load(tmp_path, "cpu")[0].dtype == torch.float32  # as small as it is
     monkeypatch.setattr("load.SMALL", 0)
     model, tokenizer = load(tmp_path, "cpu", fast=False)
     assert model.dtype == dtype and tokenizer.get_vocab_size() == 256
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    expected = unfused(hf)
-    assert model.state_dict().keys() == expected.keys()
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, expected[name]), name
+    expected = load_file(tmp_path / "published" / "model.safetensors")  # in one file, every expert by itself
+    assert model.state_dict().keys() == {name.removeprefix("model.") for name in expected}
+    for name, tensor in expected.items():
+        assert torch.equal(model.state_dict()[name.removeprefix("model.")], tensor), name
 
 
 # In bfloat16 both models are off from float32's by the same roundings, in another order; where these flip the choice of
@@ -216,97 +230,63 @@ def test_fast_equals_plain(tmp_path, monkeypatch, dtype, wide):
     assert dtype == torch.float32 or 0 < errors[0] < 1.25 * errors[1]
 
 
-@pytest.mark.skipif(not packs_on(torch.ones(1, dtype=torch.bfloat16)), reason="no packed products on this processor")
 @torch.inference_mode()
-def test_packed_weights(tmp_path):
-    """The matrices of a bfloat16 model are packed as they are read: the same numbers, and the same products."""
+def test_packed_weights(tmp_path, monkeypatch):
+    """The matrices of a bfloat16 model are packed as they are read, the same numbers; or not, without the operators."""
     save(tmp_path, torch.bfloat16)
     fast, plain = load(tmp_path, "cpu", "bfloat16")[0], load(tmp_path, "cpu", "bfloat16", fast=False)[0]
+    assert isinstance(fast.lm_head, PackedLinear) == packs_on(plain.lm_head.weight)
     for layer, other in zip(fast.layers, plain.layers, strict=True):
         assert torch.equal(layer.self_attn.k_proj.weight.to_dense(), other.self_attn.k_proj.weight)
         experts = layer.mlp.experts
         for gate_up, down, same in zip(experts.gate_up_proj, experts.down_proj, other.mlp.experts, strict=True):
             assert torch.equal(gate_up.weight.to_dense(), torch.cat((same.gate_proj.weight, same.up_proj.weight)))
             assert torch.equal(down.weight.to_dense(), same.down_proj.weight)
-
-
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-@torch.inference_mode()
-def test_packed_linear(dtype):
-    """Sums of 1,024 products of order 1 are made in float32, and then rounded once, in bfloat16 by up to 2^-9."""
-    weight = torch.randn(512, 1024).to(dtype)
-    if not packs_on(weight):
-        pytest.skip("no packed products on this processor")
-    for rows in (1, 3, 40):
-        x = torch.randn(rows, 1024).to(dtype)
-        exact = x.double() @ weight.double().T
-        rtol, atol = (0, 4e-4) if dtype == torch.float32 else (2**-8, 1e-3)
-        torch.testing.assert_close(PackedLinear(weight)(x).double(), exact, rtol=rtol, atol=atol)
-    assert not packs_on(torch.ones(2**19 - 1, 1)) and not packs_on(weight.to("meta")) and not packs_on(weight.half())
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refuse)
+    fast, tokens = load(tmp_path, "cpu", "bfloat16")[0], torch.tensor([random_tokens(40)])
+    assert not isinstance(fast.lm_head, PackedLinear)
+    assert (fast(tokens) - plain(tokens)).abs().median() < 0.1  # of logits of order 1 to 10, in bfloat16
 
 
 @pytest.mark.parametrize("lost", (False, True))
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
 @torch.inference_mode()
-def test_wide_linear(monkeypatch, dtype, lost):
-    """Sums of 600 products of order 1 are made in float32, and then rounded once, by up to 2^-9."""
-    if lost:  # the operator that PyTorch does not document
+def test_linear(monkeypatch, dtype, lost):
+    """Sums of 600 products of order 1 are made in float32, and then rounded once, in half precision by up to 2^-9."""
+    if lost:  # an operator that PyTorch does not document
         monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", refuse)
+    monkeypatch.setattr("model.widens_on", lambda _: True)
     weight = torch.randn(4000, 600).to(dtype)  # three blocks, the last one smaller
-    for shape in ((1,), (2, 3), (1, 8), (40,)):
+    kinds = [parts.WideLinear] + [PackedLinear] * packs_on(weight)
+    rtol, atol = (0, 4e-4) if dtype == torch.float32 else (2**-8, 1e-3)
+    for linear, shape in itertools.product([kind(weight) for kind in kinds], ((1,), (2, 3), (1, 8), (40,))):
         x = torch.randn(*shape, 600).to(dtype)
         exact = x.double() @ weight.double().T
-        torch.testing.assert_close(WideLinear(weight)(x).double(), exact, rtol=2**-8, atol=1e-3)
+        torch.testing.assert_close(linear(x).double(), exact, rtol=rtol, atol=atol)
 
 
-def test_wide_linear_is_for_what_it_speeds_up(monkeypatch):
+def test_what_is_packed_and_widened(monkeypatch):
+    weight = torch.ones(1024, 512)
+    assert not (packs_on(weight[1:]) or packs_on(weight.half()) or packs_on(weight.to("meta")))
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: True)
-    weight = torch.ones(2, 2)
     assert widens_on(weight.bfloat16())
     assert not (widens_on(weight) or widens_on(weight.half()) or widens_on(weight.bfloat16().to("meta")))
 
 
-def test_without_the_operators_that_torch_does_not_document(tmp_path, monkeypatch):
-    save(tmp_path, torch.bfloat16)
-    tokens = torch.tensor([random_tokens(40)])
-    expected = load(tmp_path, "cpu", "bfloat16", fast=False)[0](tokens)
-    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refuse)
-    model, _ = load(tmp_path, "cpu", "bfloat16")
-    assert not isinstance(model.lm_head, PackedLinear)
-    error = (model(tokens) - expected).abs().median()
-    assert error < 0.1  # of logits of order 1 to 10, in bfloat16
-
-
-def test_config_of_the_first_release(small, tmp_path):
-    """The 0924 files have rope_theta at the top level and no rms_norm_eps."""
-    config = json.loads((small.path / "config.json").read_text())
-    for file in small.path.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    del config["rope_parameters"], config["rms_norm_eps"]
-    (tmp_path / "config.json").write_text(
-        json.dumps(config | {"rope_theta": 1234, "clip_qkv": 8, "rope_scaling": None})
-    )
-    config = load(tmp_path, "cpu")[0].config
-    assert (config.rope_theta, config.clip_qkv, config.rms_norm_eps) == (1234, 8, 1e-5)
-
-
 def test_published_config(tmp_path):
     """OLMoE-1B-7B-0125's, as transformers 4 wrote it."""
-    fields = {
+    values = {
         "vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 16,
         "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8,
         "max_position_embeddings": 4096, "norm_topk_prob": False, "clip_qkv": None, "rms_norm_eps": 1e-05,
         "rope_theta": 10000.0, "tie_word_embeddings": False, "eos_token_id": 50279,
-    }  # fmt: skip
-    others = {
         "architectures": ["OlmoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu",
         "initializer_range": 0.02, "model_type": "olmoe", "output_router_logits": False, "pad_token_id": 1,
         "rope_scaling": None, "router_aux_loss_coef": 0.01, "torch_dtype": "bfloat16", "use_cache": True,
     }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(fields | others))
-    expected = Config(**fields | {"eos_token_id": [50279]})
-    assert read_config(tmp_path, torch.device("cuda")) == expected
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert read_config(tmp_path, torch.device("cuda")) == config_of(values | {"eos_token_id": [50279]})
 
 
 def test_settings_left_in_a_tokenizer(small, tmp_path):
@@ -320,11 +300,17 @@ def test_settings_left_in_a_tokenizer(small, tmp_path):
 
 LEFTOVERS = {
     "angles, as transformers 4 kept them": {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(8)},
-    "tied, both stored": {"lm_head.weight": None},
-    "tied, as save_model keeps one": {"lm_head.weight": None, "model.embed_tokens.weight": "gone"},
-    "rope_scaling": {"rope_scaling": {"type": "default"}, "rope_parameters": None, "rope_theta": 10000.0},
-    "rope_parameters": {"rope_parameters": {"rope_type": "default", "type": "default", "rope_theta": 10000.0}},
-    "a token that no text has": {"tokenizer": 400},
+    "tied, both stored": {},
+    "tied, as save_model keeps one": {"model.embed_tokens.weight": GONE},
+    "rope_scaling": {"rope_scaling": {"type": "default"}, "rope_parameters": None, "rope_theta": 50.0},
+    "rope_parameters": {"rope_parameters": {"rope_type": "default", "type": "default", "rope_theta": 50.0}},
+    "rope, first release": {
+        "rope_parameters": GONE,
+        "rope_theta": 50,
+        "rope_scaling": None,
+        "rms_norm_eps": GONE,
+    },
+    "a token that no text has": {},
 }
 
 
@@ -332,36 +318,27 @@ LEFTOVERS = {
 @torch.inference_mode()
 def test_what_libraries_leave_in_checkpoints(tmp_path, cli, name):
     """Transformers reads all of these; the logits are those of the model that was saved."""
-    left, tokens = LEFTOVERS[name], torch.tensor([random_tokens(20)])
-    hf = save(tmp_path, changes={"tie_word_embeddings": "tied" in name})
-
-    def change(content):
-        for key, value in left.items():
-            content[key] = (
-                content["model.embed_tokens.weight"].clone() if value is None and key != "rope_parameters" else value
-            )
-            if isinstance(value, str):
-                del content[key]
-
-    if name.startswith("rope"):
-        rewrite(tmp_path / "config.json", change)
-    elif "tokenizer" in left:
+    changes = {"tie_word_embeddings": "tied" in name, "rope_parameters": {"rope_theta": 50.0, "rope_type": "default"}}
+    hf, tokens = save(tmp_path, changes={"clip_qkv": 1} | changes), torch.tensor([random_tokens(20)])
+    weights = tmp_path / "model.safetensors"
+    if "tied" in name:
+        rewrite(weights, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    file = tmp_path / "config.json" if name.startswith("rope") else weights
+    rewrite(file, lambda content: content.update(LEFTOVERS[name]))
+    if "token" in name:
         tokenizer_with(vocab={"x": 1, "y": 400})(tmp_path)
         refused(cli("--model", tmp_path, "--prompt", "xy"), "has the token id 400, but vocab_size is only 304")
         assert cli("--model", tmp_path, "--prompt", "xx", "--max-new-tokens", "1")[0] == 0
-    else:
-        rewrite(tmp_path / "model.safetensors", change)
     for model in (load(tmp_path, "cpu")[0], lambda tokens: OlmoeForCausalLM.from_pretrained(tmp_path)(tokens).logits):
         torch.testing.assert_close(model(tokens), hf(tokens).logits, **CLOSE)
     if name == "tied, both stored":
-        rewrite(tmp_path / "model.safetensors", lambda tensors: tensors["lm_head.weight"].mul_(2))
+        rewrite(weights, lambda tensors: tensors["lm_head.weight"].mul_(2))
         refused(cli("--model", tmp_path, "--prompt", "x"), "has tied embeddings by its config.json, but stores another")
 
 
 def test_where_text_ends(small, tmp_path):
     """At generation_config.json's ids or else config.json's, as in transformers; ids that no token has are ignored."""
-    for file in small.path.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(small.path, tmp_path, dirs_exist_ok=True)
     cases = [(7, None, [7]), ([7, 8], {}, [7, 8]), (7, {"eos_token_id": [9, 264]}, [9, 264]), (None, None, [])]
     cases += [(7, {"eos_token_id": 0}, [0]), (304, None, []), ([-1, 5], {"pad_token_id": 1}, [5])]
     for own, generation, expected in cases:
@@ -389,9 +366,7 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_is(tmp_path):
 def test_a_new_model_learns():
     """From its initial weights a model learns a text of 16 tokens by heart, in a few steps of ordinary training."""
     torch.manual_seed(0)
-    fields = [field.name for field in dataclasses.fields(Config)]
-    model = OLMoE(Config(**{name: value for name, value in SMALL.items() if name in fields}))
-    tokens, losses = torch.tensor([random_tokens(16)]), []
+    model, tokens, losses = OLMoE(config_of(SMALL)), torch.tensor([random_tokens(16)]), []
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     for _ in range(30):
         losses.append(F.cross_entropy(model(tokens[:, :-1])[0], tokens[0, 1:]))
@@ -416,19 +391,14 @@ def test_embedded_model_loads_in_transformers_too(embedded):
 def test_noise_is_a_function_of_seed_and_position():
     noise = roe.gumbel(3, 7, 5, 4, 8)
     assert noise.shape == (4, 4, 8) and noise.dtype == torch.float32 and noise.device.type == "cpu"
-    assert (
-        torch.equal(noise[:2], roe.gumbel(np.int64(3), torch.tensor(7), 3, 4, 8))
-        and len(roe.gumbel(3, 7, 1, 4, 8)) == 0
-    )
+    assert torch.equal(noise[:2], roe.gumbel(np.int64(3), torch.tensor(7), 3, 4, 8))
+    assert len(roe.gumbel(3, 7, 1, 4, 8)) == 0
     seeds = [0, 1, 2, 3, 10, 70, 2**32, 2**32 + 1, 2**40, 2**63 - 1]
     draws = torch.stack([roe.gumbel(seed, p, 2, 2, 16).flatten() for seed in seeds for p in range(-100, 400)]).double()
     assert len(draws.unique(dim=0)) == len(draws) == 5000
     assert len(draws.unique()) > 0.998 * draws.numel()  # float32 has some 2^26 values there: about 200 meet
     draws = (draws - draws.mean()) / draws.std()
-    for shift in (
-        1,
-        500,
-    ):  # neighbours in position, and in seed; 4.5 standard deviations of a mean of 32 * 4,500 or more
+    for shift in (1, 500):  # neighbours in position, and in seed: 4.5 standard deviations of a mean of 32 * 4,500
         assert (draws[:-shift] * draws[shift:]).mean().abs() < 4.5 / (32 * 4500) ** 0.5
 
 
@@ -566,32 +536,25 @@ ONE_TEXT = {"rtol": 0, "atol": 2e-5}
 @pytest.mark.parametrize("m", [1, 2, 3, 8, 40])
 def test_scores_are_what_generate_chose_from(small, m, weights):
     """Row m - 1 of `score` with n rosters, for m of any size: chunks of 12 to 512 tokens, also from a history."""
-    prompt, seen = random_tokens(9), []
-    watch = lambda logits, log_probs, tokens, _: seen.append((logits[:, 0], log_probs[0, tokens[0]]))
-    tokens = prompt + list(
-        roe.generate(small.model, prompt, m, TAU, "shared", 60, weights=weights, seed=5, watch=watch)
-    )
-    expected, full = (
-        torch.stack([log_prob for _, log_prob in seen]),
-        roe.score(small.model, tokens, 40, TAU, 5, weights),
-    )
+    prompt, options = random_tokens(9), {"weights": weights, "seed": 5}
+    new, logits, log_probs, *_ = watched(small.model, prompt, m, TAU, max_new_tokens=60, **options)
+    tokens, expected = prompt + new, torch.stack(log_probs)[range(60), new]
+    full = roe.score(small.model, tokens, 40, TAU, **options)
     torch.testing.assert_close(full[m - 1, 8:], expected, **ONE_TEXT)
-    torch.testing.assert_close(roe.score(small.model, tokens, m, TAU, 5, weights)[:, 8:][-1], expected, **ONE_TEXT)
+    torch.testing.assert_close(roe.score(small.model, tokens, m, TAU, **options)[:, 8:][-1], expected, **ONE_TEXT)
     cache, parts = SharedCache(small.model.config, 80), []
     for i, j in itertools.pairwise((0, 1, 7, 30, 31, 68)):
-        parts.append(roe.score(small.model, tokens[i : j + 1], 40, TAU, 5, weights, history=cache))
+        parts.append(roe.score(small.model, tokens[i : j + 1], 40, TAU, history=cache, **options))
     torch.testing.assert_close(torch.cat(parts, 1), full, **ONE_TEXT)
     cache.length = 20  # and one token alone: rows 1 to m are the same, whatever n is
-    logits = roe.predict(small.model, tokens[20:21], cache, 40, TAU, 5, weights)
-    torch.testing.assert_close(logits[:m], seen[12][0], **CLOSE)
+    found = roe.predict(small.model, tokens[20:21], cache, 40, TAU, **options)
+    torch.testing.assert_close(found[:m], logits[12], **CLOSE)
 
 
 @pytest.mark.parametrize("options", [{}, {"margin": 0.05}, {"temperature": 0.8}, {"temperature": 1.2, "top_p": 0.8}])
 def test_text_that_is_cut_goes_on_as_if_it_had_not_been(small, options):
+    run = lambda tokens, count, seed: generated(small.model, tokens, 4, TAU, "shared", count, seed=seed, **options)
     prompt = random_tokens(6)
-    run = lambda tokens, count, seed: list(
-        roe.generate(small.model, tokens, 4, TAU, "shared", count, seed=seed, **options)
-    )
     whole = run(prompt, 40, 2**33)
     for cut in (1, 2, 17, 39):
         assert run(prompt + whole[:cut], 40 - cut, 2**33) == whole[cut:]
@@ -602,70 +565,58 @@ def test_text_that_is_cut_goes_on_as_if_it_had_not_been(small, options):
 @torch.inference_mode()
 def test_margin_leaves_rosters_out_and_changes_nothing_else(small, temperature):
     """Token by token against the rule, on transformers' probabilities; a sure token costs one row."""
-    n, margin, seen, tokens = 5, 0.06, [], random_tokens(10)
-    watch = lambda logits, log_probs, *_: seen.append((logits[:, 0], log_probs[0]))
-    options = {"temperature": temperature, "top_p": 0.9, "seed": 3}
-    for token in roe.generate(small.model, tokens, n, TAU, "shared", 60, margin=margin, watch=watch, **options):
-        logits, log_probs = seen[-1]
+    prompt, options, sizes = random_tokens(10), {"temperature": temperature, "top_p": 0.9, "seed": 3}, []
+    run = lambda n, margin: watched(small.model, prompt, n, TAU, "shared", 60, margin=margin, **options)
+    new, *seen = run(5, 0.06)
+    for position, token, logits, log_probs in zip(range(9, 69), new, *seen[:2], strict=True):
+        tokens = (prompt + new)[: position + 1]
         clean = small.hf(torch.tensor([tokens])).logits[0, -1].softmax(-1)
         first, second = clean.topk(2).values
-        assert abs(first - second - margin) > 1e-4  # else rounding might decide
-        rows = 1 if first - second >= margin else n
+        assert abs(first - second - 0.06) > 1e-4  # else rounding might decide
+        sizes.append(1 if first - second >= 0.06 else 5)
         cache = SharedCache(small.model.config, len(tokens))
-        expected = roe.aggregate(roe.predict(small.model, tokens, cache, rows, TAU, 3))
+        expected = roe.aggregate(roe.predict(small.model, tokens, cache, sizes[-1], TAU, 3))
         torch.testing.assert_close(log_probs, expected, **CLOSE)
         torch.testing.assert_close(logits[0].softmax(-1), clean, **CLOSE)
-        assert len(logits) == rows and token == roe.choose(log_probs, temperature, 0.9, 3, len(tokens) - 1)
-        tokens.append(token)
-    sizes = [len(logits) for logits, _ in seen]
-    assert len(tokens) == 70 and 5 < sizes.count(1) < 55
-    run = lambda n, margin: list(roe.generate(small.model, tokens[:10], n, TAU, "shared", 60, margin=margin, **options))
-    assert run(n, 0.0) == run(1, 1.0) and run(n, 1.0) != run(n, 0.0)
+        assert len(logits) == sizes[-1] and token == roe.choose(log_probs, temperature, 0.9, 3, position)
+    assert 5 < sizes.count(1) < 55
+    assert run(5, 0.0)[0] == run(1, 1.0)[0] and run(5, 1.0)[0] != run(5, 0.0)[0]
 
 
 def test_margin_in_scoring(small):
     """The log-probabilities of the procedure: the clean path's where it is sure, the average's elsewhere."""
-    tokens, clean, together = random_tokens(80), [], []
-    watch = lambda logits, log_probs, tokens, cache: (
-        clean.append(logits[0]),
-        together.append(log_probs.gather(-1, tokens[:, None])[:, 0]),
-    )
-    full = roe.score(small.model, tokens, 6, TAU)
-    scores = roe.score(small.model, tokens, 6, TAU, margin=0.05, watch=watch)
-    torch.testing.assert_close(torch.cat(together), scores[-1])
-    first, second = torch.cat(clean).softmax(-1).topk(2).values.unbind(-1)
+    full = roe.score(small.model, random_tokens(80), 6, TAU)
+    scores, logits, log_probs, targets = scored(small.model, random_tokens(80), 6, TAU, margin=0.05)
+    torch.testing.assert_close(log_probs[range(79), targets], scores[-1])
+    first, second = logits[0].softmax(-1).topk(2).values.unbind(-1)
     sure = first - second >= 0.05
     assert 10 < sure.sum() < 70
     assert torch.equal(scores[:, sure], full[:1, sure].expand(6, -1)) and torch.equal(scores[:, ~sure], full[:, ~sure])
-    assert torch.equal(roe.score(small.model, tokens, 6, TAU, margin=0.0), full[:1].expand(6, -1))
+    assert torch.equal(roe.score(small.model, random_tokens(80), 6, TAU, margin=0.0), full[:1].expand(6, -1))
 
 
 @torch.inference_mode()
 def test_positions_count_on_through_the_pieces_of_a_long_text(small):
     """The context is 128: each piece is read without those before it, but with the noise of its own positions."""
-    tokens = random_tokens(300)
+    tokens = torch.tensor(random_tokens(300))
     scores = roe.score(small.model, tokens, 3, TAU, 9)
-    for start in (0, 128, 256):
-        cache = SharedCache(small.model.config, 128)
-        piece = torch.tensor([tokens[start : start + 128]])
-        log_probs = small.hf(piece).logits[0].log_softmax(-1)[: 299 - start]
-        targets = torch.tensor(tokens[start + 1 : start + 129])
-        torch.testing.assert_close(
-            scores[0, start : start + 128], log_probs.gather(-1, targets[:, None])[:, 0], **CLOSE
-        )
+    for start, piece in zip((0, 128, 256), tokens[:-1].split(128)):
+        cache, targets = SharedCache(small.model.config, 128), tokens[start + 1 : start + 129]
+        expected = small.hf(piece[None]).logits[0].log_softmax(-1)[range(len(piece)), targets]
+        torch.testing.assert_close(scores[0, start : start + 128], expected, **CLOSE)
         for t in (0, 1, 42):
             if t > cache.length:
-                small.model.hidden(piece[:, cache.length : t], cache)
-            logits = roe.run_rosters(small.model, piece[:, t : t + 1], cache, 3, TAU, 9, start + t, "perturbed")[:, 0]
+                small.model.hidden(piece[None, cache.length : t], cache)
+            logits = roe.run_rosters(small.model, piece[None, [t]], cache, 3, TAU, 9, start + t, "perturbed")[:, 0]
             torch.testing.assert_close(scores[2, start + t], roe.aggregate(logits)[targets[t]], **ONE_TEXT)
 
 
 def test_numbers_and_arrays_of_numpy_and_torch(small):
-    expected = list(roe.generate(small.model, [1, 2, 3], 4, TAU, max_new_tokens=20, temperature=0.5, top_p=0.9, seed=1))
+    expected = generated(small.model, [1, 2, 3], 4, TAU, max_new_tokens=20, temperature=0.5, top_p=0.9, seed=1)
     scores = roe.score(small.model, [1, 2, 3] + expected, 4, TAU, 1)
     for i, f, a in ((np.int64, np.float32, np.array), (torch.tensor, torch.tensor, torch.tensor)):
         numbers = {"max_new_tokens": i(20), "temperature": f(0.5), "top_p": f(0.9), "seed": i(1), "margin": f(1.0)}
-        assert list(roe.generate(small.model, a([1, 2, 3]), i(4), a(TAU), **numbers)) == expected
+        assert generated(small.model, a([1, 2, 3]), i(4), a(TAU), **numbers) == expected
         assert torch.equal(roe.score(small.model, a([1, 2, 3] + expected), i(4), a(TAU), i(1)), scores)
 
 
@@ -673,14 +624,13 @@ def test_numbers_and_arrays_of_numpy_and_torch(small):
 @pytest.mark.parametrize("weights", ["clean", "perturbed"])
 def test_scores_follow_from_the_logits_watched(small, weights):
     """In bfloat16 as well: averages of probabilities, made in float32, whose rounding is far below 1e-5."""
-    model, tokens, seen = load(small.path, "cpu", "bfloat16")[0], random_tokens(200), []
-    scores = roe.score(model, tokens, 3, TAU, weights=weights, watch=lambda *args: seen.append(args[:3]))
-    logits, log_probs, targets = (torch.cat(parts, -2 if parts[0].dim() > 1 else 0) for parts in zip(*seen))
+    model, tokens = load(small.path, "cpu", "bfloat16")[0], random_tokens(200)
+    scores, logits, log_probs, targets = scored(model, tokens, 3, TAU, weights=weights)
     assert logits.dtype == torch.bfloat16 and targets.tolist() == tokens[1:]
-    found = logits.double().softmax(-1).gather(-1, targets.expand(3, -1)[..., None])[..., 0]
+    found = logits.double().softmax(-1)[:, range(199), targets]
     expected = (found.cumsum(0) / torch.tensor([[1], [2], [3]])).log().float()
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(log_probs.gather(-1, targets[:, None])[:, 0], scores[2], rtol=0, atol=1e-5)
+    torch.testing.assert_close(log_probs[range(199), targets], scores[2], rtol=0, atol=1e-5)
     other = {"clean": "perturbed", "perturbed": "clean"}[weights]
     assert not torch.equal(scores, roe.score(model, tokens, 3, TAU, weights=other))
 
@@ -700,24 +650,14 @@ def test_pieces_can_be_pasted():
 
 @pytest.mark.parametrize("kind", ["shared", "branching"])
 def test_without_noise_rosters_equal_one_roster_exactly(small, kind):
-    def all_logits(n):
-        seen = []
-        tokens = roe.generate(
-            small.model, random_tokens(10), n, 0.0, kind, 20, watch=lambda logits, *_: seen.append(logits[:, 0])
-        )
-        assert len(list(tokens)) == 20
-        return torch.stack(seen)
-
-    assert torch.equal(all_logits(1).expand(-1, 4, -1), all_logits(4))
+    one, four = (torch.stack(watched(small.model, random_tokens(10), n, 0.0, kind, 20)[1]) for n in (1, 4))
+    assert len(one) == 20 and torch.equal(one.expand(-1, 4, -1), four)
 
 
 def test_one_row_until_the_first_noisy_router(small, monkeypatch):
     rows, update = [], SharedCache.update
-    monkeypatch.setattr(
-        SharedCache, "update", lambda self, layer, k, v: rows.append(len(k)) or update(self, layer, k, v)
-    )
-    cache = SharedCache(small.model.config, 8)
-    roe.predict(small.model, [1, 2, 3], cache, 5, TAU, 0)
+    monkeypatch.setattr(SharedCache, "update", lambda *args: rows.append(len(args[2])) or update(*args))
+    roe.predict(small.model, [1, 2, 3], SharedCache(small.model.config, 8), 5, TAU, 0)
     assert rows == [1, 1, 1, 1] + [1, 1, 5, 5]  # the prompt but its last token; the last token
     rows.clear()
     roe.score(small.model, [1, 2, 3], 5, TAU)
@@ -740,9 +680,7 @@ def test_sampling_follows_temperature_and_top_p():
     assert roe.choose(p.log(), 0.0, 1.0, 0, 0) == 1
 
     def frequencies(temperature, top_p, draws=4000):
-        tokens = [
-            roe.choose(p.log(), temperature, top_p, 0, position) for position in itertools.islice(positions, draws)
-        ]
+        tokens = [roe.choose(p.log(), temperature, top_p, 0, next(positions)) for _ in range(draws)]
         return torch.tensor(tokens).bincount(minlength=4) / draws
 
     close = {"rtol": 0, "atol": 0.03}  # nearly 4 standard deviations of a frequency over 4,000 draws
@@ -757,59 +695,51 @@ def test_sampling_follows_temperature_and_top_p():
 
 def test_generation_ends(small, monkeypatch):
     prompt = random_tokens(100)
-    assert len(list(roe.generate(small.model, prompt, 2, max_new_tokens=5))) == 5
-    tokens = list(roe.generate(small.model, prompt, 2, max_new_tokens=500))
+    assert len(generated(small.model, prompt, 2, max_new_tokens=5)) == 5
+    tokens = generated(small.model, prompt, 2, max_new_tokens=500)
     assert len(tokens) == 29  # the context of 128 is full: the last of its tokens still predicts one
-    assert len(list(roe.generate(small.model, random_tokens(128), 2))) == 1
+    assert len(generated(small.model, random_tokens(128), 2)) == 1
     stop = tokens[10]
     for eos in (stop, [stop, 303]):
         monkeypatch.setattr(small.model.config, "eos_token_id", eos)
-        assert list(roe.generate(small.model, prompt, 2)) == tokens[: tokens.index(stop)]
-
-
-def test_one_seed_one_output(small):
-    run = lambda seed, **more: list(roe.generate(small.model, [1, 2, 3], 4, 2.0, max_new_tokens=30, seed=seed, **more))
-    assert run(0) == run(0) != run(1) and run(-1) != run(2**70) != run(0)
-    assert run(0, temperature=1.0) == run(0, temperature=1.0) != run(0)
-    assert not torch.equal(roe.score(small.model, range(20), 4, 1.0), roe.score(small.model, range(20), 4, 1.0, seed=1))
-    for bad in (
-        {"cache": "own"},
-        {"weights": "cleen"},
-        {"temperature": -1},
-        {"top_p": 0},
-        {"cache": "branching", "margin": 0.5},
-    ):
-        with pytest.raises(ValueError, match=next(iter(bad))):
-            run(0, **bad)
+        assert generated(small.model, prompt, 2) == tokens[: tokens.index(stop)]
 
 
 def test_settings_reach_every_token(small):
-    run = lambda tau, **options: list(roe.generate(small.model, [2], 4, tau, max_new_tokens=30, **options))
-    assert run(1.0, weights="clean") != run(1.0, weights="perturbed")
+    """One seed gives one output, and every setting another."""
+    run = lambda tau=2.0, **options: generated(small.model, [2], 4, tau, max_new_tokens=30, **options)
+    assert run() == run() != run(seed=1) and run(seed=-1) != run(seed=2**70) != run()
+    assert run(temperature=1.0) == run(temperature=1.0) != run() != run(weights="clean")
     assert run(1.0, cache="shared") != run(1.0, cache="branching")
     assert run(0.0, temperature=1.5, top_p=1e-6) == run(0.0) != run(0.0, temperature=1.5)  # one token is left
+    zero, one = (roe.score(small.model, range(20), 4, 1.0, seed) for seed in (0, 1))
+    assert not torch.equal(zero, one)
+    bad_options = [{"cache": "own"}, {"weights": "cleen"}, {"temperature": -1}, {"top_p": 0}]
+    for bad in [*bad_options, {"margin": 0.5, "cache": "branching"}]:
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            run(**bad)
 
 
 def test_watch_sees_what_tokens_are_chosen_from(small, monkeypatch):
     """The average of all rosters; and what is not yielded is not watched."""
-    seen, given, choose = [], [], roe.choose
+    given, choose = [], roe.choose
     monkeypatch.setattr(roe, "choose", lambda *args: given.append(args[0]) or choose(*args))
-    run = lambda: list(roe.generate(small.model, [1, 2, 3], 4, TAU, max_new_tokens=20, watch=lambda *a: seen.append(a)))
-    tokens = run()
-    for (logits, log_probs, token, cache), log_probs_given, expected in zip(seen, given, tokens, strict=True):
-        assert logits.shape == (4, 1, 304) and token.tolist() == [expected] and cache.length >= 3
-        assert torch.equal(log_probs[0], log_probs_given)
+    run = lambda: watched(small.model, [1, 2, 3], 4, TAU, max_new_tokens=20)
+    tokens, *seen = run()
+    for expected, log_probs_given, logits, log_probs, token, nbytes in zip(tokens, given, *seen, strict=True):
+        assert logits.shape == (4, 304) and token.tolist() == [expected] and nbytes > 0
+        assert torch.equal(log_probs, log_probs_given)
         torch.testing.assert_close(log_probs, roe.aggregate(logits))
-    seen.clear()
     monkeypatch.setattr(small.model.config, "eos_token_id", tokens[-1])
-    assert len(run()) == len(seen) == tokens.index(tokens[-1])
+    shorter, logits, *_ = run()
+    assert len(shorter) == len(logits) == tokens.index(tokens[-1])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_threads(small, dtype):
     """Four that generate in step write what each writes alone; and no operation runs with a global switch moved."""
     model = load(small.path, "cpu", dtype)[0]
-    run = lambda seed, watch=None: list(roe.generate(model, [2], 4, 2.0, max_new_tokens=20, seed=seed, watch=watch))
+    run = lambda seed, watch=None: generated(model, [2], 4, 2.0, max_new_tokens=20, seed=seed, watch=watch)
     switches = lambda: (torch.backends.mkldnn.enabled, torch.get_num_threads(), torch.get_default_dtype())
     torch.manual_seed(5)  # as no code does
     before, seen, state, alone = switches(), set(), torch.get_rng_state(), [run(seed) for seed in range(4)]
@@ -829,14 +759,8 @@ def test_threads(small, dtype):
 
 def test_cache_bytes(small):
     def nbytes(rosters, kind):
-        seen = []
-        prompt = random_tokens(11)
-        for _ in roe.generate(
-            small.model, prompt, rosters, TAU, kind, 20, watch=lambda *args: seen.append(args[-1].nbytes)
-        ):
-            pass
-        assert len(set(seen)) == 1  # preallocated
-        return seen[0]
+        (size,) = set(watched(small.model, random_tokens(11), rosters, TAU, kind, 20)[-1])  # one: it is preallocated
+        return size
 
     position = 2 * 2 * 16 * 4  # keys and values, kv heads, head_dim, float32
     assert nbytes(1, "shared") == nbytes(64, "shared") == 4 * 30 * position  # 4 layers, 11 + 19 positions
@@ -845,29 +769,13 @@ def test_cache_bytes(small):
     assert nbytes(8, "branching") == (2 * 30 + 2 * (10 + 8 * 20)) * position
 
 
+SIZES = [(1, T, S, 0, 16) for T, S in ((1, 9), (1, 600), (5, 5), (5, 9), (5, 600))]
+
+
 # Values are averages of numbers of order 1; bfloat16 rounds the weights of that average, and then the average, by 2^-9.
 @pytest.mark.parametrize("dtype, atol", ((torch.float32, 1e-6), (torch.bfloat16, 0.03)))
-@pytest.mark.parametrize(
-    "n, T, S, C, D",
-    (
-        (1, 1, 9, 0, 16),
-        (1, 1, 9, 4, 16),
-        (3, 1, 9, 1, 16),
-        (3, 1, 9, 4, 16),
-        (3, 1, 0, 1, 16),
-        (1, 5, 5, 0, 16),
-        (1, 5, 9, 0, 16),
-        (3, 5, 7, 1, 16),
-        (3, 1, 600, 4, 16),
-        (1, 1, 600, 0, 16),
-        (1, 5, 600, 0, 16),
-        (3, 5, 600, 1, 16),
-        (1, 1, 600, 0, 256),  # of a size for which `attend_in_blocks` does not ask PyTorch's kernel
-        (1, 130, 600, 0, 256),
-        (1, 600, 600, 0, 256),
-    ),
-)
-@pytest.mark.parametrize("attend", (attend, attend_in_blocks, attend_widely))
+@pytest.mark.parametrize("n, T, S, C, D", SIZES)
+@pytest.mark.parametrize("attend", (attend, parts.attend_in_blocks, parts.attend_widely))
 def test_attend(attend, n, T, S, C, D, dtype, atol):
     """Against a softmax over all that a query sees, row by row and head by head, in float64."""
     torch.manual_seed(0)
@@ -895,8 +803,8 @@ def test_experts(dtype, atol):
     exact, expected = copy.deepcopy(experts).double(), torch.zeros(3, 2, 64, dtype=torch.float64)
     for n, t, i in itertools.product(range(3), range(2), range(2)):
         expected[n, t] += weights[n, t, i].double() * exact[indices[n, t, i]](x[n, t].double())
-    ordered = SortedExperts(experts)
-    for form in (experts, StackedExperts(experts), ordered):
+    ordered = parts.SortedExperts(experts)
+    for form in (experts, parts.StackedExperts(experts), ordered):
         # bfloat16 rounds six times on the way to a sum of 48 terms of order 0.02, each time by up to 2^-9: some 5e-4 of
         # order 0.1, and more in the worst of 384.
         torch.testing.assert_close(form(x, weights, indices).double(), expected, rtol=0, atol=atol)
@@ -910,17 +818,15 @@ def test_experts(dtype, atol):
 
 def test_embedded_model_writes_what_it_wrote(embedded):
     model, tokenizer = embedded
-    tokens = tokenizer.encode("class Stack:").ids
-    seen = []
-    watch = lambda *args: seen.append(args[-1].nbytes)
-    text = tokenizer.decode(list(roe.generate(model, tokens, 4, TUNED, max_new_tokens=24, seed=0, watch=watch)))
-    assert text == (
+    prompt = tokenizer.encode("class Stack:").ids
+    tokens, *_, nbytes = watched(model, prompt, 4, TUNED, max_new_tokens=24, seed=0)
+    assert tokenizer.decode(tokens) == (
         "\n            def __init__(self, name, value):"
         "\n                self.name = name"
         "\n                self.value = value"
         "\n           "
     )
-    assert set(seen) == {2 * 6 * (len(tokens) + 23) * 128 * 4}  # keys and values, layers, positions, width, float32
+    assert set(nbytes) == {2 * 6 * (len(prompt) + 23) * 128 * 4}  # keys and values, layers, positions, width, float32
 
 
 @pytest.fixture
@@ -1128,8 +1034,7 @@ def test_prompt_from_standard_input_and_chat(cli, small, tmp_path):
     """Without the line end that `echo` adds; as a chat, if the model's own template has the tags of OLMoE's."""
     tokenizer = tokenizers.Tokenizer.from_file(str(small.path / "tokenizer.json"))
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing("a $A", "a $A $B", [("a", 64)])
-    for file in small.path.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(small.path, tmp_path, dirs_exist_ok=True)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     options = ["--prompt", "-", "--model", tmp_path, "--device", "cpu", "--max-new-tokens", 20]
     expect = lambda ids: tokenizer.decode(list(roe.generate(small.model, ids, max_new_tokens=20))) + "\n"
@@ -1303,8 +1208,7 @@ def test_perplexity_of_a_pipe(cli, tmp_path, monkeypatch):
 def test_default_temperatures(cli, small, tmp_path):
     """Those that lie beside the model, in Python as on the command line; otherwise one number for all models."""
     own = dict(enumerate([0.0, 0.1, 0.9, 0.3]))
-    for file in small.path.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(small.path, tmp_path, dirs_exist_ok=True)
     assert roe.temperatures(load(tmp_path, "cpu")[0].config) == [0, roe.TAU, roe.TAU, 0]
     (tmp_path / "tau.json").write_text(json.dumps(list(own.values())))
     model, tokenizer = load(tmp_path, "cpu")
@@ -1329,10 +1233,7 @@ def test_as_a_program():
 
 BAD_ARGUMENTS = {
     "rosters 0": (["--rosters", "0"], "--rosters: must be a whole number from 1 to 1024, not 0"),
-    "a billion rosters": (
-        ["--rosters", "1000000000"],
-        "--rosters: must be a whole number from 1 to 1024, not 1000000000",
-    ),
+    "a billion rosters": (["--rosters", "1000000000"], "must be a whole number from 1 to 1024, not 1000000000"),
     "rosters not a number": (["--rosters", "many"], "invalid int value"),
     "two counts for a prompt": (["--rosters", "1", "2"], "--ppl"),
     "tau negative": (["--tau", "-0.1"], "tau must be a number from 0 to 100, not -0.1"),
@@ -1350,10 +1251,7 @@ BAD_ARGUMENTS = {
     "unknown option": (["--rooster", "4"], "unrecognized arguments"),
     "empty prompt": (["--prompt", ""], "there are 0 tokens, give at least 1"),
     "prompt longer than the context": (["--prompt", "x" * 2000], "but the model's context has only 512"),
-    "max_new_tokens 0": (
-        ["--max-new-tokens", "0"],
-        "--max-new-tokens: must be a whole number from 1 to 1000000000, not 0",
-    ),
+    "no tokens": (["--max-new-tokens", "0"], "--max-new-tokens: must be a whole number from 1 to 1000000000, not 0"),
     "top_p 0": (["--temperature", "1", "--top-p", "0"], "--top-p: must be a number from 1e-06 to 1, not"),
     "top_p tiny": (["--temperature", "1", "--top-p", "1e-300"], "--top-p: must be a number from 1e-06 to 1, not"),
     "top_p without sampling": (["--top-p", "0.9"], "--top-p is for sampling"),
@@ -1379,12 +1277,6 @@ BAD_ARGUMENTS = {
     "a directory for a text": (["--ppl", str(ROOT)], "cannot be read (Is a directory); give a text file"),
     "no name of a text": (["--ppl", ""], "'' cannot be read (No such file or directory); give a text file"),
 }
-
-
-def refused(result, sentence):
-    status, out, err = result
-    assert status == 2 and out == "" and err.count("\n") == 1 and err.startswith("roe.py: error: ")
-    assert sentence in err and err[:-1].isprintable() and len(err) < 2000
 
 
 @pytest.mark.parametrize("name", BAD_ARGUMENTS)
@@ -1447,8 +1339,7 @@ def test_nothing_is_read_before_settings_are_checked(cli, small, tmp_path):
     ),
 )
 def test_predictions_that_are_not_finite(cli, small, tmp_path, change, dtype):
-    for file in small.path.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(small.path, tmp_path, dirs_exist_ok=True)
     rewrite(tmp_path / "model.safetensors", change)
     (tmp_path / "text").write_text("some text")
     for options in (["--prompt", "some text"], ["--prompt", "text", "--margin", "0.1"], ["--ppl", tmp_path / "text"]):
@@ -1487,51 +1378,29 @@ def test_caches_take_the_dtype_of_their_first_keys(small):
         assert {tensor.dtype for tensor in tensors} == {torch.bfloat16} and cache.nbytes > 0
 
 
-def rewrite(file, change):
-    """Applies a change to a JSON file's dict, or to a safetensors file's tensors."""
-    from safetensors.torch import load_file, save_file
-
-    if file.suffix == ".json":
-        content = json.loads(file.read_text())
-        change(content)
-        file.write_text(json.dumps(content))
-    else:
-        content = load_file(file)
-        change(content)
-        save_file(content, file)
-
-
-SHARD = "model-00002-of-00003.safetensors"
+SINGLE, SHARD, OTHER_SHARD = "model.safetensors", "model-00002-of-00003.safetensors", "model-00001-of-00003.safetensors"
 EXPERT = "model.layers.1.mlp.experts.5.up_proj.weight"
-FUSED = "model.layers.1.mlp.experts.down_proj"
+FUSED, NOT_FUSED = "model.layers.1.mlp.experts.down_proj", "model.layers.1.mlp.experts.0.down_proj.weight"
 
 
-def config_with(**changes):
-    return lambda path: rewrite(path / "config.json", lambda content: content.update(changes))
+def edit(file, *keys, **changes):
+    """What makes changes in a file of a model, within the objects of these keys."""
+
+    def change(content):
+        for key in keys:
+            content = content[key]
+        content.update(changes)
+
+    return lambda path: rewrite(path / file, change)
 
 
-def rope_with(**changes):
-    return lambda path: rewrite(path / "config.json", lambda content: content["rope_parameters"].update(changes))
+config_with, rope_with = partial(edit, "config.json"), partial(edit, "config.json", "rope_parameters")
+tokenizer_with, shard_with = partial(edit, "tokenizer.json", "model"), partial(edit, SHARD)
 
 
-def tokenizer_with(**changes):
-    return lambda path: rewrite(path / "tokenizer.json", lambda content: content["model"].update(changes))
-
-
-def template_with(token):
-    special = {"x": {"id": "x", "ids": [token], "tokens": ["x"]}}
-    single = [{"SpecialToken": {"id": "x", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    template = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": special}
-    return lambda path: rewrite(path / "tokenizer.json", lambda content: content.update(post_processor=template))
-
-
-def strip_prefix(tensors):
-    for name in list(tensors):
-        tensors[name.removeprefix("model.")] = tensors.pop(name)
-
-
-def shard_with(file=SHARD, **tensors):
-    return lambda path: rewrite(path / file, lambda content: content.update(tensors))
+def without_prefix(path):
+    for file in path.glob("*.safetensors"):
+        save_file({name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}, file)
 
 
 def header_with(name, shape):
@@ -1547,41 +1416,43 @@ def header_with(name, shape):
 
 
 def index_with(file):
-    return lambda path: rewrite(path / INDEX, lambda content: content["weight_map"].update(x=file))
+    return edit(INDEX, "weight_map", x=file)
 
 
-def file_with(name, text):
-    return lambda path: (path / name).write_text(text)
+def text(name, content):
+    return lambda path: (path / name).write_text(content)
+
+
+def gone(name):
+    return lambda path: (path / name).unlink()
 
 
 def pipe(name):
-    return lambda path: ((path / name).unlink(), os.mkfifo(path / name))
+    return lambda path: ((path / name).unlink(missing_ok=True), os.mkfifo(path / name))
 
 
 def link(name, target):
-    return lambda path: ((path / name).unlink(), (path / name).symlink_to(target))
+    return lambda path: ((path / name).unlink(missing_ok=True), (path / name).symlink_to(target))
+
+
+def pickle(path):
+    for file in path.glob("model*"):
+        file.rename(path / "pytorch_model.bin")
 
 
 BAD_MODELS = {
-    "no config": (lambda path: (path / "config.json").unlink(), "there is no"),
-    "an adapter": (file_with("adapter_config.json", "{}"), "is an adapter; merge it into its model first"),
-    "a base model": (
-        lambda path: [rewrite(file, strip_prefix) for file in path.glob("*.safetensors")],
-        "names lack the prefix model.: save the whole OlmoeForCausalLM",
-    ),
-    "generation_config not JSON": (file_with("generation_config.json", "{"), "generation_config.json is not JSON"),
+    "no config": (gone("config.json"), "there is no"),
+    "an adapter": (text("adapter_config.json", "{}"), "is an adapter; merge it into its model first"),
+    "a base model": (without_prefix, "names lack the prefix model.: save the whole OlmoeForCausalLM"),
+    "generation_config not JSON": (text("generation_config.json", "{"), "generation_config.json is not JSON"),
     "config is a pipe": (pipe("config.json"), "config.json is not a regular file"),
     "config unreadable": (link("config.json", "config.json"), "config.json cannot be read: Too many levels"),
-    "config not JSON": (file_with("config.json", "{"), "is not JSON"),
+    "config not JSON": (text("config.json", "{"), "is not JSON"),
     "config not UTF-8": (lambda path: (path / "config.json").write_bytes(b'{"\xff": 1}'), "is not JSON"),
-    "config nested beyond reason": (file_with("config.json", '{"x":' * 10**5), "is not JSON"),
-    "config not an object": (file_with("config.json", "[]"), "is not a JSON object"),
-    "config lacks a field": (config_with(num_experts=None), "num_experts must be of type int"),
+    "config nested beyond reason": (text("config.json", '{"x":' * 10**5), "is not JSON"),
+    "config not an object": (text("config.json", "[]"), "is not a JSON object"),
     "not OLMoE": (config_with(model_type="llama"), "model_type 'llama' is not implemented"),
-    "no model type": (
-        lambda path: rewrite(path / "config.json", lambda content: content.pop("model_type")),
-        "model_type None is not implemented",
-    ),
+    "no model type": (config_with(model_type=GONE), "model_type None is not implemented"),
     "hidden_act": (config_with(hidden_act="gelu"), "hidden_act 'gelu' is not implemented"),
     "attention bias": (config_with(attention_bias=True), "attention_bias True is not implemented"),
     "rope scaling": (config_with(rope_scaling={"type": "linear"}), ": type 'linear' is not implemented"),
@@ -1590,28 +1461,8 @@ BAD_MODELS = {
     "rope parameters not an object": (config_with(rope_parameters=[1]), "rope_parameters [1] is not an object"),
     "partial rotary": (config_with(partial_rotary_factor=0.5), "partial_rotary_factor 0.5 is not implemented"),
     "partial rotary, nested": (rope_with(partial_rotary_factor=0), "partial_rotary_factor 0 is not implemented"),
-    "rope theta 0": (rope_with(rope_theta=0), "rope_theta must be of type float, from 1e-30 to 1e+18, not 0"),
-    "rope theta negative": (rope_with(rope_theta=-1.0), "rope_theta must be of type float"),
-    "rope theta nan": (rope_with(rope_theta=math.nan), "rope_theta must be of type float"),
-    "rope theta too large": (rope_with(rope_theta=2**64), "rope_theta must be of type float"),
     "quantised": (config_with(quantization_config={"bits": 4}), "quantization_config {'bits': 4} is not implemented"),
     "a novel for a value": (config_with(hidden_act="x" * 10**6), "is not implemented, only 'silu'"),
-    "no layers": (
-        config_with(num_hidden_layers=0),
-        "num_hidden_layers must be of type int, from 1 to 1073741824, not 0",
-    ),
-    "negative size": (config_with(hidden_size=-64), "hidden_size must be of type int"),
-    "fractional size": (config_with(intermediate_size=48.0), "intermediate_size must be of type int"),
-    "boolean size": (config_with(num_key_value_heads=True), "num_key_value_heads must be of type int"),
-    "size in words": (config_with(vocab_size="304"), "vocab_size must be of type int"),
-    "size that overflows": (config_with(max_position_embeddings=2**30 + 1), "max_position_embeddings must be of type"),
-    "norm_topk_prob in words": (config_with(norm_topk_prob="false"), "norm_topk_prob must be of type bool"),
-    "norm_topk_prob 0": (config_with(norm_topk_prob=0), "norm_topk_prob must be of type bool"),
-    "clip negative": (config_with(clip_qkv=-1), "clip_qkv must be of type float, from 1e-30 to 65504, not -1"),
-    "clip nan": (config_with(clip_qkv=math.nan), "clip_qkv must be of type float"),
-    "clip too large": (config_with(clip_qkv=65505), "clip_qkv must be of type float"),
-    "clip boolean": (config_with(clip_qkv=True), "clip_qkv must be of type float"),
-    "eps negative": (config_with(rms_norm_eps=-1), "rms_norm_eps must be of type float"),
     "head_dim": (config_with(head_dim=32), "head_dim must be hidden_size / num_attention_heads"),
     "odd head_dim": (config_with(hidden_size=60), "hidden_size must be an even multiple of num_attention_heads"),
     "heads do not divide": (config_with(num_attention_heads=7), "hidden_size must be an even multiple"),
@@ -1622,11 +1473,11 @@ BAD_MODELS = {
     "far too many layers": (config_with(num_hidden_layers=10**5), "no weights for 100000 layers of 8 experts"),
     "far too many experts": (config_with(num_experts=10**9), "no weights for 4 layers of 1000000000 experts"),
     "one layer too many": (config_with(num_hidden_layers=5), " and 30 more"),
-    "no tokenizer": (lambda path: (path / "tokenizer.json").unlink(), "tokenizer.json"),
+    "no tokenizer": (gone("tokenizer.json"), "tokenizer.json"),
     "tokenizer is a device": (link("tokenizer.json", "/dev/zero"), "tokenizer.json is not a regular file"),
-    "broken tokenizer": (file_with("tokenizer.json", "{}"), "is not a tokenizer"),
+    "broken tokenizer": (text("tokenizer.json", "{}"), "is not a tokenizer"),
     "no token for the unknown": (tokenizer_with(unk_token="\x1b[2J"), r"is not a tokenizer: Unk token `\x1b[2J` not"),
-    "missing shard": (lambda path: (path / SHARD).unlink(), f"{SHARD}; a model is a directory with"),
+    "missing shard": (gone(SHARD), f"{SHARD}; a model is a directory with"),
     "shard is a pipe": (pipe(SHARD), f"{SHARD} is not a regular file"),
     "shard is a directory": (link(SHARD, "."), f"{SHARD} is not a regular file"),
     "shard unreadable": (link(SHARD, SHARD), f"{SHARD} cannot be read"),
@@ -1634,56 +1485,46 @@ BAD_MODELS = {
     "shard is a pickle": (lambda path: torch.save({}, path / SHARD), f"{SHARD} is not a complete safetensors file"),
     "index is a pipe": (pipe(INDEX), f"{INDEX} is not a regular file"),
     "index unreadable": (link(INDEX, INDEX), f"{INDEX} cannot be read"),
-    "index lists a pickle": (
-        index_with("pytorch_model.bin"),
-        "pytorch_model.bin', which is no safetensors file beside it",
-    ),
-    "index points outside": (
-        index_with("../x.safetensors"),
-        "../x.safetensors', which is no safetensors file beside it",
-    ),
+    "index lists a pickle": (index_with("model.bin"), "model.bin', which is no safetensors file beside it"),
+    "index points outside": (index_with("../x.safetensors"), "../x.safetensors', which is no safetensors file beside"),
     "index lists no name": (index_with([SHARD]), "which is no safetensors file beside it"),
-    "index without a map": (file_with(INDEX, '{"weight_map": []}'), "has no weight_map from tensors to files"),
+    "index without a map": (text(INDEX, '{"weight_map": []}'), "has no weight_map from tensors to files"),
     "index lists a file of many lines": (index_with("\n.safetensors"), r"lists '\n.safetensors', which is no"),
-    "only a pickle": (
-        lambda path: [file.rename(path / "pytorch_model.bin") for file in path.glob("model*")],
-        "neither model.safetensors nor its index",
-    ),
-    "single file is a pipe": (lambda path: os.mkfifo(path / "model.safetensors"), "model.safetensors is not a regular"),
-    "single file is a dangling link": (
-        lambda path: (path / "model.safetensors").symlink_to("nothing"),
-        "model.safetensors; a model is a directory with",
-    ),
-    "missing tensor": (lambda path: rewrite(path / SHARD, lambda t: t.pop(EXPERT)), f"tensors missing: {EXPERT}"),
+    "only a pickle": (pickle, "neither model.safetensors nor its index"),
+    "single file is a pipe": (pipe(SINGLE), "model.safetensors is not a regular"),
+    "single file is a dangling link": (link(SINGLE, "nothing"), "model.safetensors; a model is a directory with"),
+    "missing tensor": (shard_with(**{EXPERT: GONE}), f"tensors missing: {EXPERT}"),
     "extra tensor": (shard_with(more=torch.ones(1)), "tensors unexpected: more"),
     "tensor that steers the terminal": (shard_with(**{"\x1b[2J": torch.ones(1)}), r"tensors unexpected: \x1b[2J"),
     "tensor with a novel for a name": (shard_with(**{"x" * 10**5: torch.ones(1)}), "tensors unexpected: xxx"),
-    "tensor of giant and of zero size": (
-        header_with("more", [2**64 - 1, 0]),
-        "wrong shape: more (18446744073709551615",
-    ),
-    "tensor in two shards": (
-        shard_with("model-00001-of-00003.safetensors", **{EXPERT: torch.ones(48, 64)}),
-        f"tensors stored twice: {EXPERT}",
-    ),
+    "giant tensor of size 0": (header_with("more", [2**64 - 1, 0]), "wrong shape: more (18446744073709551615"),
+    "tensor in two shards": (edit(OTHER_SHARD, **{EXPERT: torch.ones(1)}), f"tensors stored twice: {EXPERT}"),
     "fused tensor of one dimension": (shard_with(**{FUSED: torch.ones(8)}), f"tensors unexpected: {FUSED}"),
-    "fused tensor of other experts": (
-        shard_with(**{FUSED: torch.ones(7, 64, 48)}),
-        f"wrong shape: {FUSED} (7, 64, 48)",
-    ),
+    "fused, of other experts": (shard_with(**{FUSED: torch.ones(7, 64, 48)}), f"wrong shape: {FUSED} (7, 64, 48)"),
     "fused tensor without experts": (shard_with(**{FUSED: torch.ones(0, 64, 48)}), f"wrong shape: {FUSED} (0, 64, 48)"),
-    "fused tensor of nothing": (
-        shard_with(**{FUSED: torch.ones(2**40, 0, 48)}),
-        f"wrong shape: {FUSED} (1099511627776, 0, 48)",
-    ),
+    "fused, of nothing": (shard_with(**{FUSED: torch.ones(2**40, 0, 48)}), f"wrong shape: {FUSED} (1099511627776, 0"),
+    "fused, and one by one": (shard_with(**{FUSED: torch.ones(8, 64, 48)}), f"stored twice: {NOT_FUSED}"),
     "tensor of many dimensions": (shard_with(more=torch.ones([1] * 64)), "wrong shape: more (1, 1, 1, 1"),
-    "experts both fused and one by one": (
-        shard_with(**{FUSED: torch.ones(8, 64, 48)}),
-        "tensors stored twice: model.layers.1.mlp.experts.0.down_proj.weight",
-    ),
     "wrong shape": (shard_with(**{EXPERT: torch.ones(48, 63)}), f"wrong shape: {EXPERT} (48, 63) not (48, 64)"),
     "wrong dtype": (shard_with(**{EXPERT: torch.ones(48, 64, dtype=torch.int8)}), f"{EXPERT} is stored as I8"),
 }
+SIZE, NUMBER = "int, from 1 to 1073741824", "float, from 1e-30 to 1e+18"
+for name, kind, *values in (
+    ("num_hidden_layers", SIZE, 0),
+    ("num_experts", SIZE, None),
+    ("hidden_size", SIZE, -64),
+    ("intermediate_size", SIZE, 48.0),
+    ("num_key_value_heads", SIZE, True),
+    ("vocab_size", SIZE, "304"),
+    ("max_position_embeddings", SIZE, 2**30 + 1),
+    ("norm_topk_prob", "bool, from False to True", "false", 0),
+    ("clip_qkv", "float, from 1e-30 to 65504", -1, math.nan, 65505, True),
+    ("rms_norm_eps", NUMBER, -1),
+    ("rope_theta", NUMBER, 0, -1.0, math.nan, 2**64),
+):
+    for value in values:
+        change = (rope_with if name == "rope_theta" else config_with)(**{name: value})
+        BAD_MODELS[f"{name} {value!r}"] = change, f"{name} must be of type {kind}, not {value!r}"
 
 
 @pytest.fixture(scope="module")
@@ -1697,8 +1538,7 @@ def sharded(tmp_path_factory):
 @pytest.mark.parametrize("name", BAD_MODELS)
 def test_bad_models(cli, sharded, tmp_path, name):
     damage, sentence = BAD_MODELS[name]
-    for file in sharded.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(sharded, tmp_path, dirs_exist_ok=True)
     damage(tmp_path)
     refused(cli("--model", tmp_path, "--prompt", "x"), sentence)
     with pytest.raises((ValueError, FileNotFoundError)):

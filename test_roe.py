@@ -319,7 +319,7 @@ LEFTOVERS = {
 def test_what_libraries_leave_in_checkpoints(tmp_path, cli, name):
     """Transformers reads all of these; the logits are those of the model that was saved."""
     changes = {"tie_word_embeddings": "tied" in name, "rope_parameters": {"rope_theta": 50.0, "rope_type": "default"}}
-    hf, tokens = save(tmp_path, changes={"clip_qkv": 1} | changes), torch.tensor([random_tokens(20)])
+    hf, tokens = save(tmp_path, changes={"clip_qkv": 1.0} | changes), torch.tensor([random_tokens(20)])
     weights = tmp_path / "model.safetensors"
     if "tied" in name:
         rewrite(weights, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))

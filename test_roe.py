@@ -753,7 +753,7 @@ def test_experts(dtype, atol):
         expected[n, t] += weights[n, t, i].double() * exact[indices[n, t, i]](x[n, t].double())
     ordered = olmoe.SortedExperts(experts)
     for form in (experts, olmoe.StackedExperts(experts), ordered):
-        # bfloat16 rounds a sum of 48 terms of order 0.02 six times, each by up to 2^-9: some 5e-4, and more in the worst.
+        # bfloat16 rounds a sum of 48 terms of order 0.02 six times, by up to 2^-9: some 5e-4, and more in the worst.
         torch.testing.assert_close(form(x, weights, indices).double(), expected, rtol=0, atol=atol)
         one = form(x[1:2, :1], weights[1:2, :1], indices[1:2, :1])
         torch.testing.assert_close(one.double(), expected[1:2, :1], rtol=0, atol=atol)
@@ -892,11 +892,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 def test_hub_ids(small, tmp_path):
     Hub.files = {file.name: file.read_bytes() for file in small.path.iterdir()}
-    Hub.files |= {
-        "pytorch_model.bin": b"a pickle",
-        "vocab.json": b"not needed",
-        "original/model.safetensors": b"nor this",
-    }
+    Hub.files |= dict.fromkeys(("pytorch_model.bin", "vocab.json", "original/model.safetensors"), b"not needed")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     hub = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}

@@ -69,8 +69,8 @@ class OLMoE(nn.Module):
         config, D, T = self.config, self.config.head_dim, tokens.shape[1]
         route = route or (lambda _, logits: top_k(logits, config.num_experts_per_tok, config.norm_topk_prob))
         frequencies = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, device=self.device) / D)
-        start = cache.length if cache else 0
-        angles = torch.arange(start, start + T, device=self.device)[:, None] * frequencies  # [T, D/2]
+        positions = torch.arange(T, device=self.device) + (cache.length if cache else 0)
+        angles = positions[:, None] * frequencies  # [T, D/2]
         cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
         x = self.embed_tokens(tokens)
         for block in self.layers:

@@ -40,9 +40,9 @@ def percent(line: dict, key: str = "change", error: str = "error") -> str:
 
 
 def tuned(weights: str) -> list[float]:
-    """The temperatures that the search of `effect.py tune` found for a reading of equation 1."""
-    *_, tau = (line["tau"] for line in results("tune") if line["weights"] == weights and isinstance(line["tau"], list))
-    return tau
+    """The temperatures that the longest search of `effect.py tune` found for a reading of equation 1."""
+    lines = [line for line in results("tune") if line["weights"] == weights]
+    return max(lines, key=lambda line: line["trials"])["tau"]
 
 
 def percents(line: dict) -> str:
@@ -51,23 +51,20 @@ def percents(line: dict) -> str:
 
 
 def table_tune() -> str:
-    """The validation text, temperatures as found and as one number."""
-    name = lambda tau: "found" if isinstance(tau, list) else tau
-    found = {(line["weights"], name(line["tau"]), line["rosters"]): line for line in results("tune")}
-    _, taus, counts = (list(dict.fromkeys(values)) for values in zip(*found))
-    rows = [
-        [label, tau, *(percent(found[weights, tau, n]) for n in counts[1:])]
-        for weights, label in READINGS.items()
-        for tau in taus
-    ]
-    return markdown(["weights", "τ", *(f"n = {n}" for n in counts[1:])], rows)
+    """Perplexity of the validation text."""
+    name = lambda line: f"{line['trials']} trials" if line["trials"] else f"τ = {line['tau']}"
+    found = {(line["weights"], name(line)): f"{line['perplexity']:.3f} ({percent(line)})" for line in results("tune")}
+    names = sorted({name for _, name in found})
+    rows = [[label, *(found.get((weights, name), "") for name in names)] for weights, label in READINGS.items()]
+    return markdown(["weights", *names], rows)
 
 
 def table_tuned() -> str:
     """The temperatures found, by layer."""
-    found = {label: tuned(weights) for weights, label in READINGS.items()}
-    rows = [[label, *(f"{value:.3f}" for value in tau)] for label, tau in found.items()]
-    return markdown(["weights", *(f"layer {i}" for i in range(len(rows[0]) - 1))], rows)
+    found = latest([line for line in results("tune") if line["trials"]], "weights", "trials")
+    layers = range(len(next(iter(found.values()))["tau"]))
+    rows = [[READINGS[key], n, *(f"{tau:.3f}" for tau in found[key, n]["tau"])] for key, n in sorted(found)]
+    return markdown(["weights", "trials", *(f"layer {i}" for i in layers)], rows)
 
 
 def table_rosters() -> str:

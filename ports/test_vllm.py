@@ -76,10 +76,11 @@ def run_engines(jobs: list[dict]) -> list[dict]:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     average, results = roe_vllm.average, []
+    given = {name: value for name, value in os.environ.items() if name.startswith("ROE_")}
     for job in jobs:
         for name in [name for name in os.environ if name.startswith("ROE_")]:
             del os.environ[name]
-        os.environ.update({"ROE_ROSTERS": "1"} | job.get("env", {}))
+        os.environ.update(given | job.get("env", {}))
         rows, texts, error, seconds = [], [], "", time.time()
         roe_vllm.average = lambda logits: rows.append(logits.clone()) or average(logits)
         try:

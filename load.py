@@ -41,12 +41,7 @@ ALLOWED = dict.fromkeys(SIZES, (int, 1, 2**30)) | {
     "rope_theta": (float, 1e-30, 1e18),
     "clip_qkv": (float, 1e-30, 65504),
 }
-IMPLEMENTED = {
-    "model_type": "olmoe",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "quantization_config": None,
-}
+IMPLEMENTED = {"model_type": "olmoe", "hidden_act": "silu", "attention_bias": False, "quantization_config": None}
 ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
 
 
@@ -76,13 +71,25 @@ def load(source=None, device: str = "auto", dtype: str = "auto", fast: bool = Tr
         small = device.type == "cpu" and sum(file.stat().st_size for file in files) < SMALL
         stored_as = next(dtype for _, name, _, dtype in stored if name in (EMBEDDING, HEAD))
         kind = torch.float32 if small else DTYPES[stored_as]
-    state, shards = {}, {file: safe_open(file, "pt", backend="pread") for file in files}  # mapped pages would stay
-    for file, name, *_ in tqdm(stored, desc="loading", unit="tensor", leave=False, delay=1, disable=None):
-        state |= {part: tensor.to(device, kind) for part, tensor in one_by_one(name, shards[file].get_tensor(name))}
-    if config.tie_word_embeddings and HEAD in state and not state[HEAD].equal(state.setdefault(EMBEDDING, state[HEAD])):
+    shards = {file: safe_open(file, "pt", backend="pread") for file in files}  # mapped pages would stay in memory
+
+    def read(prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names in the checkpoint begin so, by the rest of their names."""
+        tensors = [(name, shards[file].get_tensor(name)) for file, name, *_ in stored if name.startswith(prefix)]
+        parts = [part for tensor in tensors for part in one_by_one(*tensor)]
+        return {name.removeprefix(prefix): tensor.to(device, kind) for name, tensor in parts}
+
+    embedding, head = read("model.embed_tokens."), read("lm_head.")
+    if config.tie_word_embeddings and embedding and head and not head["weight"].equal(embedding["weight"]):
         raise ValueError(f"{folder} has tied embeddings by its config.json, but stores another {HEAD}")
-    model.load_state_dict({name: state[stored_name(name)] for name, _ in model.named_parameters()}, assign=True)
-    del state
+    model.embed_tokens.load_state_dict(embedding or head, assign=True)
+    model.norm.load_state_dict(read("model.norm."), assign=True)
+    if model.lm_head:
+        model.lm_head.load_state_dict(head, assign=True)
+    for i, layer in enumerate(tqdm(model.layers, desc="loading", unit="layer", leave=False, delay=1, disable=None)):
+        layer.load_state_dict(read(f"model.layers.{i}."), assign=True)
+        if fast:  # layer by layer, since each is in memory twice meanwhile
+            speed_up(layer)
     return speed_up(model) if fast else model, tokenizer
 
 
@@ -101,26 +108,18 @@ def fetch_files(source: str | Path | None, names: list[str], revision: str | Non
     """The folder of the model `source`, see `load`. If that is a hub id, its files of these names are fetched first."""
     if source is None:
         return EMBEDDED
-    try:
-        if (folder := Path(source).expanduser()).is_dir():
-            return folder
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{source} cannot be read: {error}") from error
+    folder = os.path.expanduser(source)
+    if os.path.isdir(folder):
+        return Path(folder)
     hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(source))
     if not hub_id:
         raise FileNotFoundError(f"there is no directory {source}, and it is not a hub id (organisation/name)")
     from huggingface_hub import snapshot_download  # comes with tokenizers; imported here since it is slow to import
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
         return Path(snapshot_download(hub_id[1], revision=revision or hub_id[2], allow_patterns=names))
-    except GatedRepoError:
-        reason = "it is gated, accept its terms on its page and log in with `hf auth login`"
-    except RepositoryNotFoundError:
-        reason = "it has no such model, or a private one that needs `hf auth login`"
-    except Exception as error:  # the network's, the disk's or the hub's: versions of the library raise different ones
-        reason = str(error).split("\n")[0] or type(error).__name__
-    raise FileNotFoundError(f"{source} is not a directory, and the hub does not deliver it: {reason}")
+    except Exception as error:  # the network's, the disk's or the hub's, which says what to do
+        raise FileNotFoundError(f"{source} is not a directory, and the hub does not deliver it: {error}") from error
 
 
 def read_file(file: Path, size: int = -1) -> bytes:
@@ -130,11 +129,9 @@ def read_file(file: Path, size: int = -1) -> bytes:
             raise ValueError(f"{file} is not a regular file")
         with file.open("rb") as opened:
             return opened.read(size)
-    except FileNotFoundError as error:
-        hint = "a model is a directory with config.json, tokenizer.json and safetensors weights"
-        raise FileNotFoundError(f"there is no {file}; {hint}") from error
     except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+        hint = "a model is a directory with config.json, tokenizer.json and model.safetensors or its index"
+        raise FileNotFoundError(f"{file} cannot be read: {error.strerror}; {hint}") from error
 
 
 def read_json(file: Path, kind: type = dict) -> dict | list:
@@ -178,7 +175,7 @@ def read_config(folder: Path, device: torch.device) -> Config:
         (c.hidden_size % (2 * c.num_attention_heads), "hidden_size must be an even multiple of num_attention_heads"),
         (c.num_attention_heads % c.num_key_value_heads, "num_key_value_heads must divide num_attention_heads"),
         (raw.get("head_dim") not in (None, c.head_dim), "head_dim must be hidden_size / num_attention_heads"),
-        (any(type(i) is not int for i in eos), "eos_token_id must be an id or a list of them"),
+        (any(type(i) is not int for i in eos), f"eos_token_id, or {ends.name}'s, must be an id or a list of them"),
         (device.type == "cuda" and unaligned, "on GPUs 8 must divide hidden_size and intermediate_size (F.grouped_mm)"),
     ):
         if wrong:
@@ -214,16 +211,15 @@ def chat_prompt(folder: Path, message: str) -> str:
 
 def read_text(prompt: str | None, file: str | None) -> str:
     """The text of --prompt or --ppl: as given, or from standard input or a file, which may be without end."""
-    piped, name = prompt == "-", "the prompt" if file is None else file or "''"
+    name = "the prompt" if file is None else file or "''"
     try:
-        if piped or prompt is None:
-            with open(0 if piped else file, "rb", closefd=not piped) as opened:
-                data = opened.read(MOST_BYTES + 1)
-        else:
-            data = os.fsencode(prompt)
+        if prompt not in (None, "-"):
+            return os.fsencode(prompt).decode()
+        with open(0 if prompt else file, "rb", closefd=not prompt) as opened:
+            data = opened.read(MOST_BYTES + 1)
         if len(data) > MOST_BYTES:
             raise ValueError(f"{name} has more than {MOST_BYTES:,} bytes; give a part of it")
-        return data.decode().removesuffix("\n").removesuffix("\r") if piped else data.decode()  # `echo` adds these
+        return data.decode().removesuffix("\n").removesuffix("\r") if prompt else data.decode()  # `echo` adds these
     except OSError as error:
         raise ValueError(f"{name} cannot be read ({error.strerror}); give a text file") from error
     except UnicodeDecodeError as error:
@@ -238,28 +234,24 @@ def read_tau(argument: str | None) -> float | list[float] | None:
         if not Path(argument).is_file():
             raise ValueError(f"tau takes a number or a JSON file with a list of them, not {argument!r}") from None
     values = read_json(Path(argument), list)
-    for value in values:
-        if type(value) not in (int, float):
-            raise ValueError(f"{argument}: tau must be a number from 0 to 100, not {short(value)}")
+    if any(type(value) not in (int, float) for value in values):
+        raise ValueError(f"{argument}: tau must be a list of numbers, not {short(values)}")
     return values
 
 
 def stored_tensors(source: str | Path | None, folder: Path) -> list[tuple[Path, str, tuple[int, ...], str]]:
     """(file, name, shape, dtype name) of each tensor in a model's safetensors: one file, or the shards of an index."""
     fetch_files(source, [SINGLE, INDEX], folder.name)
-    index, shards = folder / INDEX, {"all": SINGLE}
+    shards = [SINGLE]
     if not os.path.lexists(folder / SINGLE):
-        if not os.path.lexists(index):
-            raise FileNotFoundError(f"{folder} has neither {SINGLE} nor its index; other weights are not opened")
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict):
-            raise ValueError(f"{index} has no weight_map from tensors to files; download it again")
-        for name in shards.values():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        shards = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
+        for name in shards:
             if not re.fullmatch(r"[\w.-]+\.safetensors", str(name)):
-                raise ValueError(f"{index} lists {name!r}, which is no safetensors file beside it; it is not opened")
-        fetch_files(source, list(shards.values()), folder.name)
+                raise ValueError(f"{folder / INDEX} lists {name!r}, which is no safetensors file beside it")
+        fetch_files(source, shards, folder.name)
     stored = []
-    for file in (folder / name for name in sorted(set(shards.values()))):
+    for file in (folder / name for name in sorted(set(shards))):
         read_file(file, 0)  # says what is wrong with it as a file
         try:
             with safe_open(file, "pt") as opened:
@@ -315,17 +307,16 @@ def lay_out(folder: Path, stored: list, config: Config) -> OLMoE:
     want, have = {stored_name(name): tuple(p.shape) for name, p in model.named_parameters()}, dict(parts)
     if config.tie_word_embeddings and HEAD in have:  # either of the two may stand for both
         have.setdefault(EMBEDDING, have.pop(HEAD))
-    base = any("model." + name in want for name in have)
-    hint = "; names lack the prefix model.: save the whole OlmoeForCausalLM" if base else ""
-    for problem, names in (
-        ("stored twice", [name for name, count in Counter(name for name, _ in parts).items() if count > 1]),
-        ("missing", [name for name in want if name not in have]),
-        ("unexpected", [name for name in have if name not in want]),
-        ("of the wrong shape", [f"{n} {have[n]} not {want[n]}" for n in want if have.get(n, want[n]) != want[n]]),
-    ):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ValueError(f"{misfit}tensors {problem}: {', '.join(names[:3])}{more}{hint}")
+    problems = {
+        "stored twice": [name for name, count in Counter(name for name, _ in parts).items() if count > 1],
+        "missing": [name for name in want if name not in have],
+        "unexpected": [name for name in have if name not in want],
+        "of the wrong shape": [f"{n} {have[n]} not {want[n]}" for n in want if have.get(n, want[n]) != want[n]],
+    }
+    found = [f"{what}: {', '.join(names[:3])} ({len(names)} in all)" for what, names in problems.items() if names]
+    if found:
+        hint = "save the whole OlmoeForCausalLM, adapters merged and not compiled, with save_pretrained"
+        raise ValueError(f"{misfit}tensors {'; '.join(found)}; {hint}")
     return model
 
 

@@ -162,19 +162,19 @@ def loss(model, pieces: list[list[int]]) -> float:
 
 def measure_tune(args: argparse.Namespace) -> Iterator[dict]:
     """Equal searches on the validation text; beside what they find, one temperature for all layers but the ends."""
-    rosters, trials = 16, args.trials
+    counts, trials = ["2", "4", "8", "16", "32"], args.trials
     args.directory.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load(dtype="float32")
     tokens = tokenizer.encode(VALIDATION.read_text(encoding="utf-8")).ids
     for weights in READINGS:
         output = args.directory / f"{weights}.json"
-        options = "--rosters", str(rosters), "--trials", str(trials), "--dtype", "float32", "--weights", weights
+        options = "--rosters", *counts, "--trials", str(trials), "--dtype", "float32", "--weights", weights
         command = [sys.executable, ROOT / "bench" / "tune.py", VALIDATION, *options, "--output", output]
         subprocess.run(command, check=True)
         for tau in (json.loads(output.read_text()), 0.2, 0.35, 0.5):
-            *_, change = changes(score(model, tokens, rosters, tau, 0, weights))
             found = {"tokens": len(tokens), "weights": weights, "tau": tau, "trials": trials * isinstance(tau, list)}
-            yield found | change
+            for change in changes(score(model, tokens, ROSTERS, tau, 0, weights)):
+                yield found | change
 
 
 def measure_rosters(args: argparse.Namespace) -> Iterator[dict]:
@@ -250,7 +250,7 @@ def main() -> None:
     add("--every", type=int, default=1, help="the checkpoints' own setting of tiny/train.py --every [1]")
     add("--pieces", type=int, default=12, help="of 512 tokens, evenly spaced over the text [12]")
     add("--weights", nargs="+", default=READINGS, choices=READINGS, help="readings of equation 1 [clean perturbed]")
-    add("--trials", type=int, default=18, help="in each search of tune [18]")
+    add("--trials", type=int, default=50, help="in each search of tune [50]")
     args = parser.parse_args()
     if (args.what in ("tune", "checkpoints")) != (args.directory is not None):
         parser.error("tune and checkpoints need a directory, and nothing else takes one")

@@ -51,20 +51,21 @@ def percents(line: dict) -> str:
 
 
 def table_tune() -> str:
-    """Perplexity of the validation text."""
+    """The validation text, with the temperatures found and with one for all layers but the ends."""
     name = lambda line: f"{line['trials']} trials" if line["trials"] else f"τ = {line['tau']}"
-    found = {(line["weights"], name(line)): f"{line['perplexity']:.3f} ({percent(line)})" for line in results("tune")}
-    names = sorted({name for _, name in found})
-    rows = [[label, *(found.get((weights, name), "") for name in names)] for weights, label in READINGS.items()]
-    return markdown(["weights", *names], rows)
+    lines = results("tune")
+    found = {(line["weights"], name(line), line["rosters"]): percent(line) for line in lines}
+    counts = list(dict.fromkeys(line["rosters"] for line in lines))[1:]
+    settings = dict.fromkeys((weights, name) for weights, name, _ in found)
+    rows = [[READINGS[key], label, *(found[key, label, n] for n in counts)] for key, label in settings]
+    return markdown(["weights", "temperatures", *counts], rows)
 
 
 def table_tuned() -> str:
     """The temperatures found, by layer."""
-    found = latest([line for line in results("tune") if line["trials"]], "weights", "trials")
-    layers = range(len(next(iter(found.values()))["tau"]))
-    rows = [[READINGS[key], n, *(f"{tau:.3f}" for tau in found[key, n]["tau"])] for key, n in sorted(found)]
-    return markdown(["weights", "trials", *(f"layer {i}" for i in layers)], rows)
+    found = {weights: tuned(weights) for weights in READINGS}
+    rows = [[READINGS[weights], *(f"{value:.3f}" for value in tau)] for weights, tau in found.items()]
+    return markdown(["weights", *(f"layer {i}" for i in range(len(rows[0]) - 1))], rows)
 
 
 def table_rosters() -> str:

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -150,6 +149,7 @@ def test_trials_belong_to_contents(cli, monkeypatch, tmp_path):
 
 def test_full_disk(cli):
     """The log's last record is cut short: it is dropped, which is said once, and the next runs go on."""
+    resource = pytest.importorskip("resource")  # Windows has none
     cli("--trials", 2)
     before, trials, (_, hard) = Path("tau.json").read_bytes(), log(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (Path("tau.json.log").stat().st_size + 40, hard))

@@ -21,7 +21,6 @@ from types import SimpleNamespace
 import torch
 from captured import draw
 from effect import BLOCK, RESULTS, ROSTERS, Softened, changes, softening, texts, where
-from tables import tuned
 from torch import Tensor
 
 import bench
@@ -151,7 +150,7 @@ def measure(model: OLMoE, pieces: list[list[int]], make: Callable, averages: dic
 
 def measure_effect(args: argparse.Namespace) -> Iterator[dict]:
     model, tokenizer = load(dtype="float32")
-    config, tau = model.config, tuned("perturbed")
+    config, tau = model.config, model.config.tau
     k, E = config.num_experts_per_tok, config.num_experts
     free = {f"{n} experts, no noise": scaled(n) for n in (k + 1, 2 * k, E)}
     free |= {f"clean path, weights times {factor}": scaled(k, factor) for factor in (0.9, 1.1)}

@@ -180,10 +180,10 @@ def measure_tune(args: argparse.Namespace) -> Iterator[dict]:
 def measure_rosters(args: argparse.Namespace) -> Iterator[dict]:
     model, tokenizer = load(dtype="float32")
     pieces = rows(tokenizer.encode(HELD_OUT.read_text(encoding="utf-8")).ids, args.pieces)
-    for weights in args.weights:
-        tau = tuned(weights)
+    searched = [(weights, tuned(weights), weights) for weights in args.weights]
+    for setting, tau, weights in [*searched, ("default", model.config.tau, "perturbed")]:
         for change in measure(model, pieces, tau, weights):
-            yield {"tokens": len(pieces) * BLOCK, "weights": weights, "tau": tau} | change
+            yield {"tokens": len(pieces) * BLOCK, "setting": setting, "tau": tau} | change
 
 
 def measure_texts(args: argparse.Namespace) -> Iterator[dict]:
@@ -191,7 +191,7 @@ def measure_texts(args: argparse.Namespace) -> Iterator[dict]:
     for name, source, pieces in texts(tokenizer, args.pieces):
         for setting, tau, weights in (
             ("clean", tuned("clean"), "clean"),
-            ("perturbed", tuned("perturbed"), "perturbed"),
+            ("default", model.config.tau, "perturbed"),
             ("perturbed, 0.5", 0.5, "perturbed"),
         ):
             for change in measure(model, pieces, tau, weights):
@@ -209,7 +209,7 @@ def measure_tau(args: argparse.Namespace) -> Iterator[dict]:
 def measure_disagreement(args: argparse.Namespace) -> Iterator[dict]:
     model, tokenizer = load(dtype="float32")
     pieces = rows(tokenizer.encode(HELD_OUT.read_text(encoding="utf-8")).ids, args.pieces)
-    tau = tuned("perturbed")
+    tau = model.config.tau
     columns = {"confidence": [], "agreement": [], "gain": []}
 
     def watch(log_probs, targets):

@@ -19,7 +19,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.text import Text
-from tables import latest, results, tuned
+from tables import latest, results
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -30,8 +30,8 @@ FIGURES = ROOT / "bench" / "figures"
 GREY, BLUE, ORANGE, GREEN = "#808890", "#3f8cff", "#e8762c", "#2ea05a"
 READINGS = {"clean": ("weights softmax(R)", BLUE), "perturbed": ("weights softmax(R + τG)", ORANGE)}
 SETTINGS = {
-    "clean": ("softmax(R), tuned τ", BLUE),
-    "perturbed": ("softmax(R + τG), tuned τ", ORANGE),
+    "clean": ("softmax(R), searched τ", BLUE),
+    "default": ("softmax(R + τG), tiny/tau.json", ORANGE),
     "perturbed, 0.5": ("softmax(R + τG), τ = 0.5", GREEN),
 }
 
@@ -143,7 +143,7 @@ def draw_token() -> None:
 def draw_gains() -> None:
     """Default settings on every text: one bar each, from home to far, and what a softmax temperature does alone."""
     clean = lambda line: line["perplexity"] / (1 + line["change"])
-    lines = latest([line for line in results("texts") if line["setting"] == "perturbed"], "text").values()
+    lines = latest([line for line in results("texts") if line["setting"] == "default"], "text").values()
     lines = sorted(lines, key=clean, reverse=True)
     lowered, errors = [-100 * line["change"] for line in lines], [100 * line["error"] for line in lines]
     alone = [100 * (1 - line["clean_softened"] / clean(line)) for line in lines]
@@ -160,17 +160,23 @@ def draw_gains() -> None:
 
 
 def draw_rosters() -> None:
+    """Held-out text against the number of rosters, and the temperatures of each setting by layer."""
+    settings = {
+        "clean": ("softmax(R), searched τ", BLUE),
+        "perturbed": ("softmax(R + τG), searched τ", GREEN),
+        "default": ("softmax(R + τG), tiny/tau.json", ORANGE),
+    }
+    tau = {line["setting"]: line["tau"] for line in results("rosters")}
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.2), width_ratios=(3, 2))
-    for weights, points in curves(results("rosters"), "weights", "rosters").items():
-        label, colour = READINGS[weights]
+    for setting, points in curves(results("rosters"), "setting", "rosters").items():
+        label, colour = settings[setting]
         left.errorbar(*zip(*points, strict=True), color=colour, label=label, marker="o", ms=4, capsize=2)
+        right.plot(tau[setting], color=colour, marker="o", ms=4)
     left.set_xscale("log", base=2)
     left.set_xticks([1, 2, 4, 8, 16, 32], [1, 2, 4, 8, 16, 32])
-    left.set(xlabel="rosters n", ylabel="change of perplexity, %", title="held-out modules, tuned τ")
+    left.set(xlabel="rosters n", ylabel="change of perplexity, %", title="held-out modules")
     left.legend()
-    for weights, (_, colour) in READINGS.items():
-        right.plot(tuned(weights), color=colour, marker="o", ms=4)
-    right.set(xlabel="layer", ylabel="tuned τ", ylim=(0, 0.55))
+    right.set(xlabel="layer", ylabel="τ", ylim=(0, 0.55))
     save(figure, "rosters")
 
 

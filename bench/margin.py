@@ -5,7 +5,7 @@
     python bench/margin.py forced      4 layers of OLMoE-1B-7B's shapes, random weights, bfloat16: time against the
                                        share of tokens on which the clean path is said to be unsure
 
-The embedded model in float32 and at its tuned temperatures; the default weights. Appends JSON lines to
+The embedded model in float32 with default settings. Appends JSON lines to
 bench/results/margin.jsonl; `figures.py` and `tables.py` show what comes out.
 """
 

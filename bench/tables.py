@@ -13,8 +13,9 @@ from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SETTINGS = {
-    "clean": "softmax(R), tuned τ",
-    "perturbed": "softmax(R + τG), tuned τ",
+    "clean": "softmax(R), searched τ",
+    "perturbed": "softmax(R + τG), searched τ",
+    "default": "softmax(R + τG), tiny/tau.json: the default",
     "perturbed, 0.5": "softmax(R + τG), τ = 0.5",
 }
 READINGS = {"clean": "softmax(R)", "perturbed": "softmax(R + τG)"}
@@ -69,28 +70,29 @@ def table_tuned() -> str:
 
 
 def table_rosters() -> str:
-    """Held-out text, tuned temperatures."""
+    """Held-out text."""
     found = results("rosters")
-    counts = list(dict.fromkeys(line["rosters"] for line in found))
-    found = latest(found, "weights", "rosters")
-    rows = [[label, *(percent(found[key, str(n)]) for n in counts[1:])] for key, label in READINGS.items()]
+    settings, counts = (list(dict.fromkeys(line[key] for line in found)) for key in ("setting", "rosters"))
+    found = latest(found, "setting", "rosters")
+    rows = [[SETTINGS[setting], *(percent(found[setting, str(n)]) for n in counts[1:])] for setting in settings]
     return markdown(["rosters", *counts[1:]], rows)
 
 
 def table_texts() -> str:
     """Texts at growing distance, n = 32."""
     found = latest([line for line in results("texts") if "softened" in line], "text", "setting")
-    rows = []
+    rows, settings = [], list(dict.fromkeys(setting for _, setting in found))
     for (text,), line in latest(list(found.values()), "text").items():
-        changes = (percents(found[text, setting]) for setting in SETTINGS)
+        changes = (percents(found[text, setting]) for setting in settings)
         clean = line["perplexity"] / (1 + line["change"])
         rows.append((clean, [f"{text} ({line['source']})", f"{line['tokens']:,}", f"{clean:.1f}", *changes]))
-    return markdown(["text", "tokens", "perplexity, n = 1", *SETTINGS.values()], [row for _, row in sorted(rows)])
+    head = ["text", "tokens", "perplexity, n = 1", *(SETTINGS[setting] for setting in settings)]
+    return markdown(head, [row for _, row in sorted(rows)])
 
 
 def table_counts() -> str:
-    """The same texts, 2 to 32 rosters, perturbed weights and tuned temperatures."""
-    found = [line for line in results("texts") if line["setting"] == "perturbed"]
+    """The same texts, 2 to 32 rosters, default settings."""
+    found = [line for line in results("texts") if line["setting"] == "default"]
     counts = list(dict.fromkeys(line["rosters"] for line in found))
     found = latest(found, "text", "rosters")
     order = sorted({text for text, _ in found}, key=lambda text: found[text, "1"]["perplexity"])

@@ -26,9 +26,12 @@ from vllm import ModelRegistry, SamplingParams
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.fused_moe import GateLinear
 
 MODELS = {}  # the models by name of architecture, as vLLM registers them
+READABLE = "CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLEX_ATTENTION"  # attention backends whose cache `read` knows
 
 
 def gumbel(seed: int, position: int, rosters: int, layers: int, experts: int) -> Tensor:
@@ -73,18 +76,19 @@ def settings(layers: int, model: str) -> tuple[int, list[float], int]:
 
 
 class Rosters:
-    """Goes before the class of a vLLM model, whose `forward` it calls n times, and whose logits it averages."""
+    """Goes before the class of a vLLM model: gives its `forward` more rows than vLLM does, and averages its logits."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs):
         name, model = type(self).__name__, vllm_config.model_config
         parallel, schedule = vllm_config.parallel_config, vllm_config.scheduler_config
         for obstacle, what in (
-            (model.has_inner_state, "a recurrent state, which every pass would move on"),
+            (model.has_inner_state, "a recurrent state, which every roster would move on"),
             (model.is_multimodal_model, "a multimodal model"),
+            (model.enable_prompt_embeds, "prompts that are no tokens"),
             (model.runner_type != "generate", "a model that generates no text"),
             (vllm_config.speculative_config, "speculative decoding"),
             (vllm_config.lora_config, "LoRA"),
-            (vllm_config.kv_transfer_config, "a transfer of the cache, which would send noisy keys and values"),
+            (vllm_config.kv_transfer_config, "a transfer of the cache between servers"),
             (parallel.world_size_across_dp > parallel.tensor_parallel_size, "pipeline or data parallelism"),
         ):
             if obstacle:
@@ -94,45 +98,64 @@ class Rosters:
         if not gates:
             raise ValueError(f"{name} has no router that RoE in vLLM knows (GateLinear); unset ROE_ROSTERS to run it")
         self.rosters, tau, self.seed = settings(len(gates), model.model)
+        self.most = schedule.max_num_seqs * (self.rosters - 1)  # noisy rows in a step
+        self.lengths, self.groups = [], []  # of the histories of a step's requests, and requests of similar lengths
+        if self.rosters > 1:
+            for layer in self.modules():
+                if isinstance(layer, AttentionLayerBase):
+                    add_rows(layer, self)
         # What the hooks add must be read from memory: vLLM compiles the model once, with its Python values frozen.
-        # noise[layer, i] is for the i-th request of a step, noise[layer, 0] = 0; request: i for its last token, else 0.
-        self.noise = torch.zeros(len(gates), schedule.max_num_seqs + 1, gates[0].output_size, dtype=torch.float32)
-        self.request = torch.zeros(schedule.max_num_batched_tokens, dtype=torch.long)
+        # noise[layer, i] is for the i-th noisy row of a step, noise[layer, 0] = 0; row: i for that row, 0 for tokens.
+        self.noise = torch.zeros(len(gates), self.most + 1, gates[0].output_size, dtype=torch.float32)
+        self.row = torch.zeros(schedule.max_num_batched_tokens + self.most, dtype=torch.long)
         self.tau = torch.tensor(tau, dtype=torch.float32, device="cpu").view(-1, 1, 1)
         self.untested = any(tau)  # whether noise reaches the routers, compiled or fused as they may be
         for gate, noise in zip(gates, self.noise):
             gate.register_buffer("noise", noise, persistent=False)
-            gate.register_buffer("request", self.request, persistent=False)
+            gate.register_buffer("row", self.row, persistent=False)
             gate.register_forward_hook(add_noise)
         # vLLM keeps compiled models on disk: not to take plain ones for ours, nor ours for those of other shapes.
         vllm_config.additional_config = {**vllm_config.additional_config, "roe": tuple(self.noise.shape)}
-        if vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():  # which would freeze the loop below
-            vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
+        # It compiles for as many rows as a step has tokens, and would take graphs that it captured for those.
+        vllm_config.compilation_config.compile_ranges_endpoints[-1] += self.most
+        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
 
-    def forward(self, input_ids: Tensor | None, positions: Tensor, *args, **kwargs) -> Tensor:
-        """Hidden states [tokens, n * d]: those of the n rosters, the clean one first, side by side."""
-        context, last, passes = get_forward_context(), [], []
-        if self.rosters > 1 and context.attn_metadata:  # else a trial run, of which vLLM measures the memory
-            metadata = next(iter(context.attn_metadata.values()))
-            if not hasattr(metadata, "query_start_loc"):
-                raise ValueError("this attention backend hides where requests end; choose one by --attention-backend")
+    def forward(self, input_ids: Tensor, positions: Tensor, *args, **kwargs) -> Tensor:
+        """Hidden states [tokens, n * d]: side by side the n rosters of a request's last token, the clean one first."""
+        metadata, tokens = get_forward_context().attn_metadata, len(input_ids)
+        if self.rosters == 1:
+            return super().forward(input_ids, positions, *args, **kwargs)
+        if metadata:
+            metadata = next(iter(metadata.values()))
+            if not hasattr(metadata, "query_start_loc") or not hasattr(metadata, "block_table"):
+                raise ValueError("this attention backend hides its requests; choose one by --attention-backend")
             last = metadata.query_start_loc[1:] - 1  # each request's last token
-            self.request.zero_()[last] = torch.arange(1, len(last) + 1, device=last.device)
+            repeated = last.repeat_interleave(self.rosters - 1)
+        else:  # a trial run, of which vLLM measures the memory
+            last, repeated = [], torch.full((self.most,), tokens - 1, device=positions.device)
+        input_ids = torch.cat((input_ids, input_ids[repeated]))
+        positions = torch.cat((positions, positions[repeated]))
+        self.noise.zero_()
+        self.row.zero_()
+        if len(last):
+            self.lengths = positions[last].tolist()
+            self.groups = similar(self.lengths)
+            if self.untested:
+                same = super().forward(input_ids, positions, *args, **kwargs)[tokens:]
             # Seed and position alone decide the noise: what else is in the batch does not change a request's text.
             sizes = self.rosters, len(self.noise), self.noise.shape[2]
-            noise = torch.stack([gumbel(self.seed, position, *sizes) for position in positions[last].tolist()], dim=2)
-            noise = (noise * self.tau).to(self.noise.device)  # [n - 1, layers, requests, E]
-        for row in reversed(range(self.rosters)):
-            self.noise.zero_()
-            if row and len(last):
-                self.noise[:, 1 : len(last) + 1] = noise[row - 1]
-            context.moe_layer_index = 0  # where vLLM counts its mixture layers in a pass
-            passes.insert(0, super().forward(input_ids, positions, *args, **kwargs).clone())  # graphs reuse outputs
+            noise = torch.cat([gumbel(self.seed, position, *sizes) for position in self.lengths])
+            self.noise[:, 1 : len(noise) + 1] = noise.transpose(0, 1) * self.tau
+            self.row[tokens : tokens + len(noise)] = torch.arange(1, len(noise) + 1)
+        hidden = super().forward(input_ids, positions, *args, **kwargs)
         if self.untested and len(last):
-            if all(torch.equal(noisy[last], passes[0][last]) for noisy in passes[1:]):
+            if torch.equal(hidden[tokens:], same):
                 raise RuntimeError("noise changes nothing in this model; raise ROE_TAU, or unset ROE_ROSTERS")
             self.untested = False
-        return torch.cat(passes, dim=-1)
+        rows = hidden[:tokens, None].repeat(1, self.rosters, 1)
+        if len(last):
+            rows[last, 1:] = hidden[tokens:].unflatten(0, (len(last), -1))
+        return rows.flatten(1)
 
     def compute_logits(self, hidden_states: Tensor, *args, **kwargs) -> Tensor | None:
         """Log-probabilities [requests, V], the rosters' average, of hidden states [requests, n * d]."""
@@ -142,10 +165,101 @@ class Rosters:
 
 
 def add_noise(gate: GateLinear, inputs: tuple, output: Tensor | tuple) -> Tensor | tuple:
-    """A forward hook: adds every token's noise to its router logits [tokens, E]."""
+    """A forward hook: adds every row's noise to its router logits [rows, E]."""
     logits = output[0] if isinstance(output, tuple) else output
-    noisy = (logits + gate.noise[gate.request[: len(logits)]]).to(logits.dtype)
+    noisy = (logits + gate.noise[gate.row[: len(logits)]]).to(logits.dtype)
     return (noisy, *output[1:]) if isinstance(output, tuple) else noisy
+
+
+def similar(lengths: list[int]) -> list[list[int]]:
+    """Groups the requests, by index, so that little is padded and little memory is needed to attend for a group."""
+    groups = {}
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        groups.setdefault((lengths[i] // 128).bit_length(), []).append(i)
+    parts = []
+    for group in groups.values():
+        size = max(1, 2**13 // (lengths[group[-1]] + 1))
+        parts += [group[i : i + size] for i in range(0, len(group), size)]
+    return parts
+
+
+def add_rows(layer: AttentionLayerBase, rosters: Rosters):
+    """Lets vLLM's attention have the tokens of a step, and gives the noisy rows after them to `attend`."""
+    backend = layer.get_attn_backend().get_name()
+    for obstacle, what in (
+        (type(layer) is not Attention or layer.attn_type != "decoder", f"{type(layer).__name__} layers"),
+        (backend not in READABLE, f"{backend}; --attention-backend chooses another"),
+        (layer.kv_cache_torch_dtype.itemsize < 2, "a quantised cache"),
+        (layer.kv_sharing_target_layer_name, "layers that share a cache"),
+        (getattr(layer.impl, "alibi_slopes", None) is not None, "ALiBi"),
+        (layer.head_size_v != layer.head_size, "values of another size than keys"),
+    ):
+        if obstacle:
+            raise ValueError(f"RoE in vLLM cannot read the cache of {what}")
+    impl, plain, write = layer.impl, layer.impl.forward, layer.impl.do_kv_cache_update
+
+    def update(layer, key, value, cache, slots):
+        write(layer, key[: len(slots)], value[: len(slots)], cache, slots)
+
+    def forward(layer, query, key, value, cache, metadata, output, output_scale=None, **kwargs):
+        if metadata is None:  # a trial run
+            return plain(layer, query, key, value, cache, metadata, output=output)
+        if output_scale is not None:
+            raise ValueError("RoE in vLLM does not work with attention that quantises its output")
+        requests = len(rosters.lengths)
+        end = len(query) - requests * (rosters.rosters - 1)
+        plain(layer, query[:end], key[:end], value[:end], cache, metadata, output=output[:end], **kwargs)
+        for group in rosters.groups:
+            ids = torch.tensor(group, device=query.device)
+            rows = [x[end:].unflatten(0, (requests, -1))[ids] for x in (query, key, value)]
+            out = attend(layer, *rows, cache, metadata.block_table[ids], [rosters.lengths[i] for i in group])
+            output[end:].unflatten(0, (requests, -1))[ids] = out.to(output.dtype)
+        return output
+
+    impl.forward, impl.do_kv_cache_update = forward, update
+
+
+def attend(layer, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, blocks: Tensor, lengths: list[int]) -> Tensor:
+    """Noisy rows see the clean history before their token, and themselves (section 2.3), under one softmax.
+
+    q [requests, rows, H, D], k and v [requests, rows, Hk, D], blocks [requests, blocks] of the cache -> as q, float32.
+    """
+    longest, (requests, rows, _, D), heads = max(lengths), q.shape, k.shape[2]
+    q, own_k, own_v = (x.float().unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # [.., Hk, rows, g, D]
+    keys, values = read(layer, cache, blocks, longest)
+    scores = (q.flatten(2, 3) @ keys.mT).unflatten(2, (rows, -1))  # [requests, Hk, rows, g, longest]
+    scores = torch.cat((scores, (q * own_k).sum(-1, keepdim=True)), -1) * layer.impl.scale
+    cap = getattr(layer.impl, "logits_soft_cap", None)
+    if cap:
+        scores = cap * (scores / cap).tanh()
+    lengths, position = torch.tensor(lengths, device=q.device)[:, None], torch.arange(longest, device=q.device)
+    hidden = position >= lengths
+    if layer.sliding_window:
+        hidden |= position <= lengths - layer.sliding_window
+    scores[..., :-1].masked_fill_(hidden[:, None, None, None], -torch.inf)
+    sinks = getattr(layer.impl, "sinks", None)
+    if sinks is not None:
+        sinks = sinks.float().view(heads, 1, -1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, sinks), -1)
+    weights = scores.softmax(-1)
+    out = (weights[..., :longest].flatten(2, 3) @ values).unflatten(2, (rows, -1))
+    out += weights[..., longest, None] * own_v
+    return out.transpose(1, 2).flatten(2, 3)
+
+
+def read(layer: Attention, cache: Tensor, blocks: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [requests, Hk, length, D], in float32, of requests that have these blocks of a cache."""
+    size, D = cache.shape[2], layer.head_size
+    blocks = blocks[:, : -(-length // size)]
+    if layer.get_attn_backend().get_name() == "CPU_ATTN":  # [.., 2 * size * D]: for each head keys^T, then values
+        if layer.isa not in ("vec", "vec16"):
+            raise ValueError(f"RoE in vLLM cannot read the cache of {layer.isa} kernels; try --dtype float32")
+        keys, values = cache.flatten(2).chunk(2, -1)
+        keys, values = keys.unflatten(2, (D, size)).mT, values.unflatten(2, (size, D))
+    else:
+        keys, values = cache.split(D, -1)
+    keys, values = (x[blocks].transpose(1, 2).flatten(2, 3)[:, :, :length].float() for x in (keys, values))
+    return keys, values
 
 
 def __getattr__(name: str) -> type:

@@ -8,10 +8,10 @@
     ROE_SEED     of the noise, any whole number [0]
 
 They mean what the options of roe.py mean, and in float32 greedy text is that of roe.py.
-The model's own class runs n times a step, the n - 1 noisy rosters first and the clean one last. Every pass writes the
-keys and values of the step's tokens to the same slots of vLLM's cache, so that what stays is the clean pass's: the
-paper's Clean Cache (section 2.3), in the memory of plain vLLM. Noise is added to a router's logits (equation 1), which
-also changes the weights of the chosen experts, and only at the last token of each request, the one that predicts.
+In a step's one pass the last token of each request, the one that predicts, is n rows: that of vLLM, which stays clean,
+and n - 1 noisy ones behind the step's tokens. Noise is added to a router's logits (equation 1), which also changes the
+weights of the chosen experts. Noisy rows attend to the clean history, which they read from vLLM's cache, and to
+themselves, and write nothing: the paper's Clean Cache (section 2.3), in the memory of plain vLLM.
 """
 
 import hashlib
@@ -98,64 +98,50 @@ class Rosters:
         if not gates:
             raise ValueError(f"{name} has no router that RoE in vLLM knows (GateLinear); unset ROE_ROSTERS to run it")
         self.rosters, tau, self.seed = settings(len(gates), model.model)
-        self.most = schedule.max_num_seqs * (self.rosters - 1)  # noisy rows in a step
-        self.lengths, self.groups = [], []  # of the histories of a step's requests, and requests of similar lengths
-        if self.rosters > 1:
-            for layer in self.modules():
-                if isinstance(layer, AttentionLayerBase):
-                    add_rows(layer, self)
+        self.requests, self.lengths = schedule.max_num_seqs, []  # how many there can be; their histories in this step
+        most = self.requests * (self.rosters - 1)  # noisy rows that a step can have
+        for layer in self.modules():
+            if isinstance(layer, AttentionLayerBase) and self.rosters > 1:
+                add_rows(layer, self)
         # What the hooks add must be read from memory: vLLM compiles the model once, with its Python values frozen.
         # noise[layer, i] is for the i-th noisy row of a step, noise[layer, 0] = 0; row: i for that row, 0 for tokens.
-        self.noise = torch.zeros(len(gates), self.most + 1, gates[0].output_size, dtype=torch.float32)
-        self.row = torch.zeros(schedule.max_num_batched_tokens + self.most, dtype=torch.long)
+        self.noise = torch.zeros(len(gates), most + 1, gates[0].output_size, dtype=torch.float32)
+        self.row = torch.zeros(schedule.max_num_batched_tokens + most, dtype=torch.long)
         self.tau = torch.tensor(tau, dtype=torch.float32, device="cpu").view(-1, 1, 1)
-        self.untested = any(tau)  # whether noise reaches the routers, compiled or fused as they may be
+        self.untested = self.rosters > 1 and any(tau)  # whether noise reaches the routers, as compiled or fused
         for gate, noise in zip(gates, self.noise):
             gate.register_buffer("noise", noise, persistent=False)
             gate.register_buffer("row", self.row, persistent=False)
             gate.register_forward_hook(add_noise)
         # vLLM keeps compiled models on disk: not to take plain ones for ours, nor ours for those of other shapes.
         vllm_config.additional_config = {**vllm_config.additional_config, "roe": tuple(self.noise.shape)}
-        # It compiles for as many rows as a step has tokens, and would take graphs that it captured for those.
-        vllm_config.compilation_config.compile_ranges_endpoints[-1] += self.most
+        # It compiles for the tokens that a step can have, and takes CUDA graphs by their number: here are more rows.
+        vllm_config.compilation_config.compile_ranges_endpoints[-1] += most
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
 
     def forward(self, input_ids: Tensor, positions: Tensor, *args, **kwargs) -> Tensor:
-        """Hidden states [tokens, n * d]: side by side the n rosters of a request's last token, the clean one first."""
-        metadata, tokens = get_forward_context().attn_metadata, len(input_ids)
-        if self.rosters == 1:
-            return super().forward(input_ids, positions, *args, **kwargs)
+        """Hidden states [tokens, n * d]: at a request's last token those of the n rosters, the clean one first."""
+        tokens, metadata = len(input_ids), get_forward_context().attn_metadata
         if metadata:
-            metadata = next(iter(metadata.values()))
-            if not hasattr(metadata, "query_start_loc") or not hasattr(metadata, "block_table"):
-                raise ValueError("this attention backend hides its requests; choose one by --attention-backend")
-            last = metadata.query_start_loc[1:] - 1  # each request's last token
-            repeated = last.repeat_interleave(self.rosters - 1)
+            last = next(iter(metadata.values())).query_start_loc[1:] - 1  # each request's last token
         else:  # a trial run, of which vLLM measures the memory
-            last, repeated = [], torch.full((self.most,), tokens - 1, device=positions.device)
-        input_ids = torch.cat((input_ids, input_ids[repeated]))
-        positions = torch.cat((positions, positions[repeated]))
+            last = positions.new_full((self.requests,), tokens - 1)
+        rows, self.lengths = last.repeat_interleave(self.rosters - 1), positions[last].tolist()
+        inputs = torch.cat((input_ids, input_ids[rows])), torch.cat((positions, positions[rows])), *args
+        self.row.zero_()[tokens : tokens + len(rows)] = torch.arange(1, len(rows) + 1)
         self.noise.zero_()
-        self.row.zero_()
-        if len(last):
-            self.lengths = positions[last].tolist()
-            self.groups = similar(self.lengths)
-            if self.untested:
-                same = super().forward(input_ids, positions, *args, **kwargs)[tokens:]
-            # Seed and position alone decide the noise: what else is in the batch does not change a request's text.
-            sizes = self.rosters, len(self.noise), self.noise.shape[2]
-            noise = torch.cat([gumbel(self.seed, position, *sizes) for position in self.lengths])
-            self.noise[:, 1 : len(noise) + 1] = noise.transpose(0, 1) * self.tau
-            self.row[tokens : tokens + len(noise)] = torch.arange(1, len(noise) + 1)
-        hidden = super().forward(input_ids, positions, *args, **kwargs)
-        if self.untested and len(last):
-            if torch.equal(hidden[tokens:], same):
+        plain = super().forward(*inputs, **kwargs) if metadata and self.untested else None
+        # Seed and position alone decide the noise: what else is in the batch does not change a request's text.
+        noise = torch.cat([gumbel(self.seed, p, self.rosters, *self.noise[:, 0].shape) for p in self.lengths])
+        self.noise[:, 1 : len(rows) + 1] = noise.transpose(0, 1) * self.tau
+        hidden = super().forward(*inputs, **kwargs)
+        if plain is not None:
+            if torch.equal(hidden, plain):
                 raise RuntimeError("noise changes nothing in this model; raise ROE_TAU, or unset ROE_ROSTERS")
             self.untested = False
-        rows = hidden[:tokens, None].repeat(1, self.rosters, 1)
-        if len(last):
-            rows[last, 1:] = hidden[tokens:].unflatten(0, (len(last), -1))
-        return rows.flatten(1)
+        sides = hidden[:tokens, None].repeat(1, self.rosters, 1)
+        sides[last, 1:] = hidden[tokens:].view_as(sides[last, 1:])
+        return sides.flatten(1)
 
     def compute_logits(self, hidden_states: Tensor, *args, **kwargs) -> Tensor | None:
         """Log-probabilities [requests, V], the rosters' average, of hidden states [requests, n * d]."""
@@ -172,94 +158,73 @@ def add_noise(gate: GateLinear, inputs: tuple, output: Tensor | tuple) -> Tensor
 
 
 def similar(lengths: list[int]) -> list[list[int]]:
-    """Groups the requests, by index, so that little is padded and little memory is needed to attend for a group."""
-    groups = {}
+    """Requests by index, in groups: little is padded to a group's longest history, and a group takes little memory."""
+    groups = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        groups.setdefault((lengths[i] // 128).bit_length(), []).append(i)
-    parts = []
-    for group in groups.values():
-        size = max(1, 2**13 // (lengths[group[-1]] + 1))
-        parts += [group[i : i + size] for i in range(0, len(group), size)]
-    return parts
+        if not groups or lengths[i] > 2 * lengths[groups[-1][0]] + 128 or len(groups[-1]) * lengths[i] > 2**13:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
 
 
-def add_rows(layer: AttentionLayerBase, rosters: Rosters):
-    """Lets vLLM's attention have the tokens of a step, and gives the noisy rows after them to `attend`."""
-    backend = layer.get_attn_backend().get_name()
+def add_rows(layer: Attention, rosters: Rosters) -> None:
+    """Lets vLLM attend for the tokens of a step as ever, and `attend` for the noisy rows, which follow them."""
     for obstacle, what in (
         (type(layer) is not Attention or layer.attn_type != "decoder", f"{type(layer).__name__} layers"),
-        (backend not in READABLE, f"{backend}; --attention-backend chooses another"),
-        (layer.kv_cache_torch_dtype.itemsize < 2, "a quantised cache"),
-        (layer.kv_sharing_target_layer_name, "layers that share a cache"),
-        (getattr(layer.impl, "alibi_slopes", None) is not None, "ALiBi"),
-        (layer.head_size_v != layer.head_size, "values of another size than keys"),
+        (layer.get_attn_backend().get_name() not in READABLE, f"attention backends but {', '.join(READABLE)}"),
+        (layer.kv_cache_torch_dtype.itemsize < 2, "quantised keys and values"),
+        (layer.kv_sharing_target_layer_name, "layers that share one"),
+        (getattr(layer.impl, "alibi_slopes", None) is not None, "layers with ALiBi"),
     ):
         if obstacle:
             raise ValueError(f"RoE in vLLM cannot read the cache of {what}")
-    impl, plain, write = layer.impl, layer.impl.forward, layer.impl.do_kv_cache_update
-
-    def update(layer, key, value, cache, slots):
-        write(layer, key[: len(slots)], value[: len(slots)], cache, slots)
+    attend_tokens, write = layer.impl.forward, layer.impl.do_kv_cache_update
+    update = lambda layer, k, v, cache, slots: write(layer, k[: len(slots)], v[: len(slots)], cache, slots)
 
     def forward(layer, query, key, value, cache, metadata, output, output_scale=None, **kwargs):
-        if metadata is None:  # a trial run
-            return plain(layer, query, key, value, cache, metadata, output=output)
-        if output_scale is not None:
-            raise ValueError("RoE in vLLM does not work with attention that quantises its output")
-        requests = len(rosters.lengths)
-        end = len(query) - requests * (rosters.rosters - 1)
-        plain(layer, query[:end], key[:end], value[:end], cache, metadata, output=output[:end], **kwargs)
-        for group in rosters.groups:
-            ids = torch.tensor(group, device=query.device)
-            rows = [x[end:].unflatten(0, (requests, -1))[ids] for x in (query, key, value)]
-            out = attend(layer, *rows, cache, metadata.block_table[ids], [rosters.lengths[i] for i in group])
-            output[end:].unflatten(0, (requests, -1))[ids] = out.to(output.dtype)
+        if getattr(layer, "isa", "vec") not in ("vec", "vec16") or output_scale is not None:
+            raise ValueError("RoE in vLLM cannot use AMX, NEON or quantised attention; --dtype float32 may help")
+        tokens = len(query) - len(rosters.lengths) * (rosters.rosters - 1)
+        before = query[:tokens], key[:tokens], value[:tokens], cache, metadata
+        attend_tokens(layer, *before, output=output[:tokens], **kwargs)
+        q, k, v, out = (x[tokens:].unflatten(0, (-1, rosters.rosters - 1)) for x in (query, key, value, output))
+        for group in similar(rosters.lengths) if metadata else []:
+            blocks, lengths = metadata.block_table[group], [rosters.lengths[i] for i in group]
+            out[group] = attend(layer, q[group], k[group], v[group], cache, blocks, lengths).to(out.dtype)
         return output
 
-    impl.forward, impl.do_kv_cache_update = forward, update
+    layer.impl.forward, layer.impl.do_kv_cache_update = forward, update
 
 
-def attend(layer, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, blocks: Tensor, lengths: list[int]) -> Tensor:
-    """Noisy rows see the clean history before their token, and themselves (section 2.3), under one softmax.
-
-    q [requests, rows, H, D], k and v [requests, rows, Hk, D], blocks [requests, blocks] of the cache -> as q, float32.
-    """
-    longest, (requests, rows, _, D), heads = max(lengths), q.shape, k.shape[2]
-    q, own_k, own_v = (x.float().unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # [.., Hk, rows, g, D]
-    keys, values = read(layer, cache, blocks, longest)
-    scores = (q.flatten(2, 3) @ keys.mT).unflatten(2, (rows, -1))  # [requests, Hk, rows, g, longest]
-    scores = torch.cat((scores, (q * own_k).sum(-1, keepdim=True)), -1) * layer.impl.scale
-    cap = getattr(layer.impl, "logits_soft_cap", None)
-    if cap:
+def attend(layer: Attention, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, blocks: Tensor, lengths: list) -> Tensor:
+    """Noisy queries [requests, rows, H, D] see the clean history and their own key and value, under one softmax."""
+    heads, longest, rows = k.shape[2], max(lengths), k.shape[1]
+    past_k, past_v = read(layer, cache, blocks, longest)
+    q, k, v = (x.float().unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # [requests, Hk, rows, g, D]
+    past = (q.flatten(2, 3) @ past_k.mT).unflatten(2, (rows, -1))
+    scores = torch.cat((past, (q * k).sum(-1, keepdim=True)), -1) * layer.impl.scale
+    if cap := getattr(layer.impl, "logits_soft_cap", None):
         scores = cap * (scores / cap).tanh()
-    lengths, position = torch.tensor(lengths, device=q.device)[:, None], torch.arange(longest, device=q.device)
-    hidden = position >= lengths
-    if layer.sliding_window:
-        hidden |= position <= lengths - layer.sliding_window
-    scores[..., :-1].masked_fill_(hidden[:, None, None, None], -torch.inf)
-    sinks = getattr(layer.impl, "sinks", None)
-    if sinks is not None:
-        sinks = sinks.float().view(heads, 1, -1, 1).expand(*scores.shape[:-1], 1)
-        scores = torch.cat((scores, sinks), -1)
+    distance = torch.tensor(lengths, device=q.device)[:, None] - torch.arange(longest, device=q.device)
+    hidden = (distance < 1) | (distance >= (layer.sliding_window or longest + 1))
+    scores[..., :longest].masked_fill_(hidden[:, None, None, None], -torch.inf)
+    if (sinks := getattr(layer.impl, "sinks", None)) is not None:  # takes part in the softmax, and has no value
+        scores = torch.cat((scores, sinks.float().view(heads, 1, -1, 1).expand(*scores.shape[:-1], 1)), -1)
     weights = scores.softmax(-1)
-    out = (weights[..., :longest].flatten(2, 3) @ values).unflatten(2, (rows, -1))
-    out += weights[..., longest, None] * own_v
+    out = (weights[..., :longest].flatten(2, 3) @ past_v).view(q.shape) + weights[..., longest, None] * v
     return out.transpose(1, 2).flatten(2, 3)
 
 
 def read(layer: Attention, cache: Tensor, blocks: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Keys and values [requests, Hk, length, D], in float32, of requests that have these blocks of a cache."""
-    size, D = cache.shape[2], layer.head_size
-    blocks = blocks[:, : -(-length // size)]
-    if layer.get_attn_backend().get_name() == "CPU_ATTN":  # [.., 2 * size * D]: for each head keys^T, then values
-        if layer.isa not in ("vec", "vec16"):
-            raise ValueError(f"RoE in vLLM cannot read the cache of {layer.isa} kernels; try --dtype float32")
+    """The first keys and values [requests, Hk, length, D], in float32, of the requests that have these blocks."""
+    size, D = cache.shape[2], layer.head_size  # a cache is [blocks, Hk, size, 2 * D]
+    if layer.get_attn_backend().get_name() == "CPU_ATTN":  # for each block and head all keys, transposed, then values
         keys, values = cache.flatten(2).chunk(2, -1)
         keys, values = keys.unflatten(2, (D, size)).mT, values.unflatten(2, (size, D))
     else:
         keys, values = cache.split(D, -1)
-    keys, values = (x[blocks].transpose(1, 2).flatten(2, 3)[:, :, :length].float() for x in (keys, values))
-    return keys, values
+    blocks = blocks[:, : -(-length // size)]
+    return tuple(x[blocks].transpose(1, 2).flatten(2, 3)[:, :, :length].float() for x in (keys, values))
 
 
 def __getattr__(name: str) -> type:

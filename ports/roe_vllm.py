@@ -27,7 +27,6 @@ from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.fused_moe import GateLinear
 
 MODELS = {}  # the models by name of architecture, as vLLM registers them
@@ -101,7 +100,7 @@ class Rosters:
         self.requests, self.lengths = schedule.max_num_seqs, []  # how many there can be; their histories in this step
         most = self.requests * (self.rosters - 1)  # noisy rows that a step can have
         for layer in self.modules():
-            if isinstance(layer, AttentionLayerBase) and self.rosters > 1:
+            if hasattr(layer, "get_kv_cache_spec") and self.rosters > 1:  # it has a cache
                 add_rows(layer, self)
         # What the hooks add must be read from memory: vLLM compiles the model once, with its Python values frozen.
         # noise[layer, i] is for the i-th noisy row of a step, noise[layer, 0] = 0; row: i for that row, 0 for tokens.
@@ -169,8 +168,9 @@ def similar(lengths: list[int]) -> list[list[int]]:
 
 def add_rows(layer: Attention, rosters: Rosters) -> None:
     """Lets vLLM attend for the tokens of a step as ever, and `attend` for the noisy rows, which follow them."""
+    if type(layer) is not Attention:
+        raise ValueError(f"RoE in vLLM cannot read the cache of {type(layer).__name__} layers")
     for obstacle, what in (
-        (type(layer) is not Attention or layer.attn_type != "decoder", f"{type(layer).__name__} layers"),
         (layer.get_attn_backend().get_name() not in READABLE, f"attention backends but {', '.join(READABLE)}"),
         (layer.kv_cache_torch_dtype.itemsize < 2, "quantised keys and values"),
         (layer.kv_sharing_target_layer_name, "layers that share one"),

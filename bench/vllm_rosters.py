@@ -1,11 +1,12 @@
-"""Measures what rosters cost in vLLM (ports/roe_vllm.py), where every roster is a pass of the whole batch.
+"""Measures what rosters cost in vLLM (ports/roe_vllm.py).
 
-    python bench/vllm_rosters.py               the embedded model
-    python bench/vllm_rosters.py --layers 4    random layers of OLMoE-1B-7B's shapes in bfloat16 (3.8 GB for 4)
+    python bench/vllm_rosters.py                  the embedded model
+    python bench/vllm_rosters.py --layers 4       random layers of OLMoE-1B-7B's shapes in bfloat16 (3.8 GB for 4)
+    python bench/vllm_rosters.py --beside FILE    also with another version of the port, the two taking turns
 
-For each number of rosters one engine, and for each number of concurrent requests the median time of a decoding step and
-the time of the first one, which reads all prompts, of 32 random tokens each. Prints the results, and appends them to
-bench/results/vllm.jsonl. To be run where vLLM is and finds the plugin (`pip install -e .`).
+For each number of rosters an engine in a process of its own, and for each number of concurrent requests the median time
+of a decoding step and the time of the first one, which reads all prompts, of 32 random tokens each. Prints the results,
+and appends them to bench/results/vllm.jsonl. To be run where vLLM is, which finds the plugin if installed or not.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import gc
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -35,7 +37,7 @@ STEPS = 16
 def engine(n: int, **options) -> vllm.LLM:
     """With n rosters and without a prefix cache; an earlier one must be forgotten by then, and its memory is freed."""
     load_general_plugins()
-    if not vllm.ModelRegistry.models["OlmoeForCausalLM"].module_name.endswith("roe_vllm"):
+    if "roe" not in vllm.ModelRegistry.models["OlmoeForCausalLM"].module_name:
         sys.exit("vLLM does not find the plugin; install this project beside it (pip install -e .)")
     gc.collect()
     cleanup_dist_env_and_memory()
@@ -57,45 +59,67 @@ def steps(llm: vllm.LLM, requests: int) -> list[float]:
     return times
 
 
+def serve(options: dict, n: int, counts: list[int]) -> None:
+    """Prints the times of some steps for each of these numbers of requests, in this process."""
+    llm, runs = engine(n, **options, max_num_seqs=max(counts)), []
+    for requests in counts:
+        steps(llm, requests)
+        runs.append([steps(llm, requests) for _ in range(2)])
+    print(json.dumps(runs))
+
+
+def plugin(folder: Path, port: Path) -> dict:
+    """The environment of a process in which vLLM finds this version of the port, and no other."""
+    info = folder / "roe_measured-0.dist-info"
+    info.mkdir(parents=True)
+    (folder / "roe_measured.py").write_text(port.read_text())
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: roe-measured\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nroe_measured = roe_measured:register\n")
+    return os.environ | {"PYTHONPATH": str(folder), "VLLM_PLUGINS": "roe_measured"}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=0, help="random layers; 0: the embedded model [0]")
     parser.add_argument("--rosters", type=int, nargs="+", default=[1, 4, 8], metavar="N", help="[1 4 8]")
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 8, 32], metavar="R", help="[1 8 32]")
-    parser.add_argument("--repeats", type=int, default=2, help="[2]")
+    parser.add_argument("--repeats", type=int, default=2, help="turns [2]")
     parser.add_argument("--compile", action="store_true", help="as vLLM compiles by default, instead of eagerly")
+    parser.add_argument("--beside", type=Path, metavar="FILE", help="another version of ports/roe_vllm.py")
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "vllm.jsonl", help="appended to")
+    parser.add_argument("--serve", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.serve:
+        return serve(*args.serve)
     with tempfile.TemporaryDirectory() as folder:
         options = dict(model=str(ROOT / "tiny"))
         if args.layers:
             write(Path(folder), args.layers)
             options = dict(model=folder, hf_overrides={"architectures": ["OlmoeForCausalLM"]})
-        for n in args.rosters:
-            llm = engine(
-                n,
-                **options,
-                dtype="bfloat16",
-                enforce_eager=not args.compile,
-                max_num_seqs=max(args.requests),
-                max_model_len=256,
-                gpu_memory_utilization=0.3,
-            )
-            for requests in args.requests:
-                steps(llm, requests)
-                times = [steps(llm, requests) for _ in range(args.repeats)]
-                ms = statistics.median(ms for run in times for ms in run[1:])
-                result = dict(layers=args.layers, compiled=args.compile, n=n, requests=requests, ms_per_step=ms)
-                result["first_ms"] = statistics.median(run[0] for run in times)
-                result["tokens_per_s"] = 1000 * requests / ms
-                print(
-                    "n = {n:2}  requests {requests:3}  {ms_per_step:8.1f} ms/step  {tokens_per_s:8.1f} tokens/s".format(
-                        **result
-                    )
-                )
-                with args.output.open("a") as file:
-                    file.write(json.dumps(result | where() | {"vllm": vllm.__version__}) + "\n")
-            del llm
+        options |= dict(dtype="bfloat16", enforce_eager=not args.compile)
+        options |= dict(max_model_len=256, gpu_memory_utilization=0.3)
+        ports = {"beside": args.beside} if args.beside else {}
+        ports["ours"] = ROOT / "ports" / "roe_vllm.py"
+        environments = {name: plugin(Path(folder, name), port) for name, port in ports.items()}
+        found = {(name, n, requests): [] for n in args.rosters for requests in args.requests for name in ports}
+        for _ in range(args.repeats):
+            for n in args.rosters:
+                for name, environment in environments.items():
+                    command = [sys.executable, __file__, "--serve", json.dumps([options, n, args.requests])]
+                    out = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout
+                    for requests, runs in zip(args.requests, json.loads(out.splitlines()[-1])):
+                        found[name, n, requests] += runs
+    for (name, n, requests), times in found.items():
+        ms = statistics.median(ms for run in times for ms in run[1:])
+        result = dict(layers=args.layers, compiled=args.compile, n=n, requests=requests, ms_per_step=ms)
+        result["first_ms"] = statistics.median(run[0] for run in times)
+        result["tokens_per_s"] = 1000 * requests / ms
+        if name == "beside":  # written before ours, and no line that tables.py would take for it
+            result["beside"] = args.beside.name
+        text = "{n:2} rosters  {requests:3} requests  {ms_per_step:8.1f} ms/step  {tokens_per_s:8.1f} tokens/s"
+        print(f"{name:6}  {text.format(**result)}")
+        with args.output.open("a") as file:
+            file.write(json.dumps(result | where() | {"vllm": vllm.__version__}) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@
     ROE_SEED     of the noise, any whole number [0]
 
 They mean what the options of roe.py mean, and in float32 greedy text is that of roe.py.
-The model's own class runs n times a step, the n - 1 noisy rosters first and the clean one last. Every pass writes the
-keys and values of the step's tokens to the same slots of vLLM's cache, so that what stays is the clean pass's: the
-paper's Clean Cache (section 2.3), in the memory of plain vLLM. Noise is added to a router's logits (equation 1), which
-also changes the weights of the chosen experts, and only at the last token of each request, the one that predicts.
+In a step's one pass the last token of each request, the one that predicts, is n rows: that of vLLM, which stays clean,
+and n - 1 noisy ones behind the step's tokens. Noise is added to a router's logits (equation 1), which also changes the
+weights of the chosen experts. Noisy rows attend to the clean history, which they read from vLLM's cache, and to
+themselves, and write nothing: the paper's Clean Cache (section 2.3), in the memory of plain vLLM.
 """
 
 import hashlib
@@ -26,9 +26,11 @@ from vllm import ModelRegistry, SamplingParams
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe import GateLinear
 
 MODELS = {}  # the models by name of architecture, as vLLM registers them
+READABLE = "CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLEX_ATTENTION"  # attention backends whose cache `read` knows
 
 
 def gumbel(seed: int, position: int, rosters: int, layers: int, experts: int) -> Tensor:
@@ -73,18 +75,19 @@ def settings(layers: int, model: str) -> tuple[int, list[float], int]:
 
 
 class Rosters:
-    """Goes before the class of a vLLM model, whose `forward` it calls n times, and whose logits it averages."""
+    """Goes before the class of a vLLM model: gives its `forward` more rows than vLLM does, and averages its logits."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs):
         name, model = type(self).__name__, vllm_config.model_config
         parallel, schedule = vllm_config.parallel_config, vllm_config.scheduler_config
         for obstacle, what in (
-            (model.has_inner_state, "a recurrent state, which every pass would move on"),
+            (model.has_inner_state, "a recurrent state, which every roster would move on"),
             (model.is_multimodal_model, "a multimodal model"),
+            (model.enable_prompt_embeds, "prompts that are no tokens"),
             (model.runner_type != "generate", "a model that generates no text"),
             (vllm_config.speculative_config, "speculative decoding"),
             (vllm_config.lora_config, "LoRA"),
-            (vllm_config.kv_transfer_config, "a transfer of the cache, which would send noisy keys and values"),
+            (vllm_config.kv_transfer_config, "a transfer of the cache between servers"),
             (parallel.world_size_across_dp > parallel.tensor_parallel_size, "pipeline or data parallelism"),
         ):
             if obstacle:
@@ -94,45 +97,50 @@ class Rosters:
         if not gates:
             raise ValueError(f"{name} has no router that RoE in vLLM knows (GateLinear); unset ROE_ROSTERS to run it")
         self.rosters, tau, self.seed = settings(len(gates), model.model)
+        self.requests, self.lengths = schedule.max_num_seqs, []  # how many there can be; their histories in this step
+        most = self.requests * (self.rosters - 1)  # noisy rows that a step can have
+        for layer in self.modules():
+            if hasattr(layer, "get_kv_cache_spec") and self.rosters > 1:  # it has a cache
+                add_rows(layer, self)
         # What the hooks add must be read from memory: vLLM compiles the model once, with its Python values frozen.
-        # noise[layer, i] is for the i-th request of a step, noise[layer, 0] = 0; request: i for its last token, else 0.
-        self.noise = torch.zeros(len(gates), schedule.max_num_seqs + 1, gates[0].output_size, dtype=torch.float32)
-        self.request = torch.zeros(schedule.max_num_batched_tokens, dtype=torch.long)
+        # noise[layer, i] is for the i-th noisy row of a step, noise[layer, 0] = 0; row: i for that row, 0 for tokens.
+        self.noise = torch.zeros(len(gates), most + 1, gates[0].output_size, dtype=torch.float32)
+        self.row = torch.zeros(schedule.max_num_batched_tokens + most, dtype=torch.long)
         self.tau = torch.tensor(tau, dtype=torch.float32, device="cpu").view(-1, 1, 1)
-        self.untested = any(tau)  # whether noise reaches the routers, compiled or fused as they may be
+        self.untested = self.rosters > 1 and any(tau)  # whether noise reaches the routers, as compiled or fused
         for gate, noise in zip(gates, self.noise):
             gate.register_buffer("noise", noise, persistent=False)
-            gate.register_buffer("request", self.request, persistent=False)
+            gate.register_buffer("row", self.row, persistent=False)
             gate.register_forward_hook(add_noise)
         # vLLM keeps compiled models on disk: not to take plain ones for ours, nor ours for those of other shapes.
         vllm_config.additional_config = {**vllm_config.additional_config, "roe": tuple(self.noise.shape)}
-        if vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():  # which would freeze the loop below
-            vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
+        # It compiles for the tokens that a step can have, and takes CUDA graphs by their number: here are more rows.
+        vllm_config.compilation_config.compile_ranges_endpoints[-1] += most
+        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
 
-    def forward(self, input_ids: Tensor | None, positions: Tensor, *args, **kwargs) -> Tensor:
-        """Hidden states [tokens, n * d]: those of the n rosters, the clean one first, side by side."""
-        context, last, passes = get_forward_context(), [], []
-        if self.rosters > 1 and context.attn_metadata:  # else a trial run, of which vLLM measures the memory
-            metadata = next(iter(context.attn_metadata.values()))
-            if not hasattr(metadata, "query_start_loc"):
-                raise ValueError("this attention backend hides where requests end; choose one by --attention-backend")
-            last = metadata.query_start_loc[1:] - 1  # each request's last token
-            self.request.zero_()[last] = torch.arange(1, len(last) + 1, device=last.device)
-            # Seed and position alone decide the noise: what else is in the batch does not change a request's text.
-            sizes = self.rosters, len(self.noise), self.noise.shape[2]
-            noise = torch.stack([gumbel(self.seed, position, *sizes) for position in positions[last].tolist()], dim=2)
-            noise = (noise * self.tau).to(self.noise.device)  # [n - 1, layers, requests, E]
-        for row in reversed(range(self.rosters)):
-            self.noise.zero_()
-            if row and len(last):
-                self.noise[:, 1 : len(last) + 1] = noise[row - 1]
-            context.moe_layer_index = 0  # where vLLM counts its mixture layers in a pass
-            passes.insert(0, super().forward(input_ids, positions, *args, **kwargs).clone())  # graphs reuse outputs
-        if self.untested and len(last):
-            if all(torch.equal(noisy[last], passes[0][last]) for noisy in passes[1:]):
+    def forward(self, input_ids: Tensor, positions: Tensor, *args, **kwargs) -> Tensor:
+        """Hidden states [tokens, n * d]: at a request's last token those of the n rosters, the clean one first."""
+        tokens, metadata = len(input_ids), get_forward_context().attn_metadata
+        if metadata:
+            last = next(iter(metadata.values())).query_start_loc[1:] - 1  # each request's last token
+        else:  # a trial run, of which vLLM measures the memory
+            last = positions.new_full((self.requests,), tokens - 1)
+        rows, self.lengths = last.repeat_interleave(self.rosters - 1), positions[last].tolist()
+        inputs = torch.cat((input_ids, input_ids[rows])), torch.cat((positions, positions[rows])), *args
+        self.row.zero_()[tokens : tokens + len(rows)] = torch.arange(1, len(rows) + 1)
+        self.noise.zero_()
+        plain = super().forward(*inputs, **kwargs) if metadata and self.untested else None
+        # Seed and position alone decide the noise: what else is in the batch does not change a request's text.
+        noise = torch.cat([gumbel(self.seed, p, self.rosters, *self.noise[:, 0].shape) for p in self.lengths])
+        self.noise[:, 1 : len(rows) + 1] = noise.transpose(0, 1) * self.tau
+        hidden = super().forward(*inputs, **kwargs)
+        if plain is not None:
+            if torch.equal(hidden, plain):
                 raise RuntimeError("noise changes nothing in this model; raise ROE_TAU, or unset ROE_ROSTERS")
             self.untested = False
-        return torch.cat(passes, dim=-1)
+        sides = hidden[:tokens, None].repeat(1, self.rosters, 1)
+        sides[last, 1:] = hidden[tokens:].view_as(sides[last, 1:])
+        return sides.flatten(1)
 
     def compute_logits(self, hidden_states: Tensor, *args, **kwargs) -> Tensor | None:
         """Log-probabilities [requests, V], the rosters' average, of hidden states [requests, n * d]."""
@@ -142,10 +150,81 @@ class Rosters:
 
 
 def add_noise(gate: GateLinear, inputs: tuple, output: Tensor | tuple) -> Tensor | tuple:
-    """A forward hook: adds every token's noise to its router logits [tokens, E]."""
+    """A forward hook: adds every row's noise to its router logits [rows, E]."""
     logits = output[0] if isinstance(output, tuple) else output
-    noisy = (logits + gate.noise[gate.request[: len(logits)]]).to(logits.dtype)
+    noisy = (logits + gate.noise[gate.row[: len(logits)]]).to(logits.dtype)
     return (noisy, *output[1:]) if isinstance(output, tuple) else noisy
+
+
+def similar(lengths: list[int]) -> list[list[int]]:
+    """Requests by index, in groups: little is padded to a group's longest history, and a group takes little memory."""
+    groups = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if not groups or lengths[i] > 2 * lengths[groups[-1][0]] + 128 or len(groups[-1]) * lengths[i] > 2**13:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
+
+
+def add_rows(layer: Attention, rosters: Rosters) -> None:
+    """Lets vLLM attend for the tokens of a step as ever, and `attend` for the noisy rows, which follow them."""
+    if type(layer) is not Attention:
+        raise ValueError(f"RoE in vLLM cannot read the cache of {type(layer).__name__} layers")
+    for obstacle, what in (
+        (layer.get_attn_backend().get_name() not in READABLE, f"attention backends but {', '.join(READABLE)}"),
+        (layer.kv_cache_torch_dtype.itemsize < 2, "quantised keys and values"),
+        (layer.kv_sharing_target_layer_name, "layers that share one"),
+        (getattr(layer.impl, "alibi_slopes", None) is not None, "layers with ALiBi"),
+    ):
+        if obstacle:
+            raise ValueError(f"RoE in vLLM cannot read the cache of {what}")
+    attend_tokens, write = layer.impl.forward, layer.impl.do_kv_cache_update
+    update = lambda layer, k, v, cache, slots: write(layer, k[: len(slots)], v[: len(slots)], cache, slots)
+
+    def forward(layer, query, key, value, cache, metadata, output, output_scale=None, **kwargs):
+        if getattr(layer, "isa", "vec") not in ("vec", "vec16") or output_scale is not None:
+            raise ValueError("RoE in vLLM cannot use AMX, NEON or quantised attention; --dtype float32 may help")
+        tokens = len(query) - len(rosters.lengths) * (rosters.rosters - 1)
+        before = query[:tokens], key[:tokens], value[:tokens], cache, metadata
+        attend_tokens(layer, *before, output=output[:tokens], **kwargs)
+        q, k, v, out = (x[tokens:].unflatten(0, (-1, rosters.rosters - 1)) for x in (query, key, value, output))
+        for group in similar(rosters.lengths) if metadata else []:
+            blocks, lengths = metadata.block_table[group], [rosters.lengths[i] for i in group]
+            out[group] = attend(layer, q[group], k[group], v[group], cache, blocks, lengths).to(out.dtype)
+        return output
+
+    layer.impl.forward, layer.impl.do_kv_cache_update = forward, update
+
+
+def attend(layer: Attention, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, blocks: Tensor, lengths: list) -> Tensor:
+    """Noisy queries [requests, rows, H, D] see the clean history and their own key and value, under one softmax."""
+    heads, longest, rows = k.shape[2], max(lengths), k.shape[1]
+    past_k, past_v = read(layer, cache, blocks, longest)
+    q, k, v = (x.float().unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # [requests, Hk, rows, g, D]
+    past = (q.flatten(2, 3) @ past_k.mT).unflatten(2, (rows, -1))
+    scores = torch.cat((past, (q * k).sum(-1, keepdim=True)), -1) * layer.impl.scale
+    if cap := getattr(layer.impl, "logits_soft_cap", None):
+        scores = cap * (scores / cap).tanh()
+    distance = torch.tensor(lengths, device=q.device)[:, None] - torch.arange(longest, device=q.device)
+    hidden = (distance < 1) | (distance >= (layer.sliding_window or longest + 1))
+    scores[..., :longest].masked_fill_(hidden[:, None, None, None], -torch.inf)
+    if (sinks := getattr(layer.impl, "sinks", None)) is not None:  # takes part in the softmax, and has no value
+        scores = torch.cat((scores, sinks.float().view(heads, 1, -1, 1).expand(*scores.shape[:-1], 1)), -1)
+    weights = scores.softmax(-1)
+    out = (weights[..., :longest].flatten(2, 3) @ past_v).view(q.shape) + weights[..., longest, None] * v
+    return out.transpose(1, 2).flatten(2, 3)
+
+
+def read(layer: Attention, cache: Tensor, blocks: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """The first keys and values [requests, Hk, length, D], in float32, of the requests that have these blocks."""
+    size, D = cache.shape[2], layer.head_size  # a cache is [blocks, Hk, size, 2 * D]
+    if layer.get_attn_backend().get_name() == "CPU_ATTN":  # for each block and head all keys, transposed, then values
+        keys, values = cache.flatten(2).chunk(2, -1)
+        keys, values = keys.unflatten(2, (D, size)).mT, values.unflatten(2, (size, D))
+    else:
+        keys, values = cache.split(D, -1)
+    blocks = blocks[:, : -(-length // size)]
+    return tuple(x[blocks].transpose(1, 2).flatten(2, 3)[:, :, :length].float() for x in (keys, values))
 
 
 def __getattr__(name: str) -> type:

@@ -27,7 +27,11 @@ pytestmark = pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vl
 
 # Architectures that the tests run, as small random models of transformers, and those of which they see the refusal.
 FAMILIES = ["olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "glm4_moe", "ernie4_5_moe", "gpt_oss"]
-REFUSED = {"llama": "has no router that RoE in vLLM knows", "jamba": "a recurrent state"}
+REFUSED = {
+    "llama": "has no router that RoE in vLLM knows",
+    "jamba": "a recurrent state",
+    "deepseek_v3": "the cache of MLAAttention layers",
+}
 
 E = 10  # experts of the random models; no other dimension of theirs has this size
 SIZES = dict(
@@ -53,6 +57,7 @@ MORE = {  # what a family's configuration needs beside SIZES
     "glm4_moe": dict(n_routed_experts=E, first_k_dense_replace=1, n_group=1, topk_group=1),
     "ernie4_5_moe": dict(moe_num_experts=E, moe_k=3, moe_num_shared_experts=1, moe_layer_start_index=1),
     "gpt_oss": dict(num_local_experts=E, sliding_window=16),
+    "deepseek_v3": dict(n_routed_experts=E, first_k_dense_replace=1, n_group=1, topk_group=1),
 }
 WRONG = {
     "two temperatures": {"ROE_TAU": "[0.1, 0.2]"},

@@ -242,7 +242,7 @@ def table_ports() -> str:
 
 def table_vllm() -> str:
     """The embedded model in vLLM: milliseconds of a decoding step."""
-    found = latest([line for line in results("vllm") if line["layers"] == 0], "n", "requests")
+    found = latest([line for line in results("vllm") if line["layers"] == 0 and "beside" not in line], "n", "requests")
     counts, requests = (list(dict.fromkeys(values)) for values in zip(*found))
     rows = [[f"{r} requests", *(f"{found[n, r]['ms_per_step']:.1f}" for n in counts)] for r in requests]
     return markdown(["rosters", *counts], rows)

@@ -54,7 +54,7 @@ class SharedCache:
         own_k, own_v = k.unsqueeze(3), v.unsqueeze(3)
         if len(k) == 1:
             return self.k[layer, :, :, :end], self.v[layer, :, :, :end], own_k[:, :, :, :0], own_v[:, :, :, :0]
-        # A row has its own version of a position, and must not see row 0's: the last one is shared with nobody.
+        # With one position less, each query sees those before its own, of which its row has a version and not row 0's.
         return self.k[layer, :, :, : end - 1], self.v[layer, :, :, : end - 1], own_k, own_v
 
 

@@ -57,8 +57,8 @@ def load(source=None, device: str = "auto", dtype: str = "auto", fast: bool = Tr
         fast: with what `model.speed_up` does: for inference only, and where and as it is. False: the plain model, which
             can be moved, converted, copied and trained.
 
-    Raises FileNotFoundError: a file, a directory or a hub id that is not there; ValueError: a file that is unreadable,
-    broken or asks for what is not implemented, tensors that do not fit, an unknown device or dtype.
+    Raises FileNotFoundError: a file, a directory or a hub id that is not there or cannot be read; ValueError: a file
+    that is broken or asks for what is not implemented, tensors that do not fit, an unknown device or dtype.
     """
     kind = getattr(torch, str(dtype).removeprefix("torch."), None)
     if dtype != "auto" and kind not in DTYPES.values():
@@ -149,14 +149,14 @@ def read_config(folder: Path, device: torch.device) -> Config:
     """config.json as a `Config`. What it asks for beyond OLMoE as published is refused by name."""
     file, ends = folder / "config.json", folder / "generation_config.json"
     raw = {"model_type": None} | read_json(file)
-    for name in (None, "rope_scaling", "rope_parameters"):  # the last two as transformers 4 and 5 write them
-        part = raw.get(name) or {} if name else raw
-        if not isinstance(part, dict) or name and not part.keys() <= {"rope_theta", *ROPE}:
-            raise ValueError(f"{file}: {name} {short(part)} is not an object of rope_theta and rope_type")
-        for key, value in (IMPLEMENTED | ROPE).items():
-            if part.get(key, value) != value:
-                raise ValueError(f"{file}: {key} {short(part[key])} is not implemented, only {value!r}")
-        raw |= part
+    for name in ("rope_parameters", "rope_scaling"):  # as transformers 5 and 4 write what else is beside the sizes
+        rope = raw.get(name) or {}
+        if not isinstance(rope, dict) or not rope.keys() <= {"rope_theta", *ROPE}:
+            raise ValueError(f"{file}: {name} {short(rope)} is not an object of rope_theta and rope_type")
+        raw |= rope
+    for key, value in (IMPLEMENTED | ROPE).items():
+        if raw.get(key, value) != value:
+            raise ValueError(f"{file}: {key} {short(raw[key])} is not implemented, only {value!r}")
     if raw.get("num_key_value_heads") is None:
         raw["num_key_value_heads"] = raw.get("num_attention_heads")
     values = {name: raw.get(name) for name in ALLOWED if name in SIZES or raw.get(name) is not None}
@@ -211,15 +211,15 @@ def chat_prompt(folder: Path, message: str) -> str:
 
 def read_text(prompt: str | None, file: str | None) -> str:
     """The text of --prompt or --ppl: as given, or from standard input or a file, which may be without end."""
-    name = "the prompt" if file is None else file or "''"
+    piped, name = prompt == "-", "the prompt" if file is None else file or "''"
     try:
-        if prompt not in (None, "-"):
+        if prompt is not None and not piped:
             return os.fsencode(prompt).decode()
-        with open(0 if prompt else file, "rb", closefd=not prompt) as opened:
+        with open(0 if piped else file, "rb", closefd=not piped) as opened:
             data = opened.read(MOST_BYTES + 1)
         if len(data) > MOST_BYTES:
             raise ValueError(f"{name} has more than {MOST_BYTES:,} bytes; give a part of it")
-        return data.decode().removesuffix("\n").removesuffix("\r") if prompt else data.decode()  # `echo` adds these
+        return data.decode().removesuffix("\n").removesuffix("\r") if piped else data.decode()  # `echo` adds these
     except OSError as error:
         raise ValueError(f"{name} cannot be read ({error.strerror}); give a text file") from error
     except UnicodeDecodeError as error:
@@ -234,14 +234,15 @@ def read_tau(argument: str | None) -> float | list[float] | None:
         if not Path(argument).is_file():
             raise ValueError(f"tau takes a number or a JSON file with a list of them, not {argument!r}") from None
     values = read_json(Path(argument), list)
-    if any(type(value) not in (int, float) for value in values):
-        raise ValueError(f"{argument}: tau must be a list of numbers, not {short(values)}")
+    for value in values:
+        if type(value) not in (int, float):
+            raise ValueError(f"{argument}: tau must be a number from 0 to 100, not {short(value)}")
     return values
 
 
 def stored_tensors(source: str | Path | None, folder: Path) -> list[tuple[Path, str, tuple[int, ...], str]]:
     """(file, name, shape, dtype name) of each tensor in a model's safetensors: one file, or the shards of an index."""
-    fetch_files(source, [SINGLE, INDEX], folder.name)
+    fetch_files(source, [SINGLE, INDEX], folder.name)  # the same revision: a snapshot's folder is named by its commit
     shards = [SINGLE]
     if not os.path.lexists(folder / SINGLE):
         weight_map = read_json(folder / INDEX).get("weight_map")

@@ -58,8 +58,8 @@ class OLMoE(nn.Module):
     def forward(self, tokens: Tensor, cache=None, route: Callable | None = None) -> Tensor:
         """Predicts the next token at every position: ids [n, T] -> logits [rows, T, V], rows as the last route made.
 
-        With a cache of `cache.py` n is 1, and the tokens follow those that it holds, which they extend. Without one,
-        every row is a sequence. route(layer, router logits [n, T, E]) -> weights, indices [n or more, T, k]: `top_k`.
+        With a cache of `cache.py` one row comes in, whose tokens follow those that the cache holds. Without one, every
+        row is a sequence. route(layer, router logits [n, T, E]) -> weights, indices [n or more, T, k]: `top_k`.
         """
         x = self.norm(self.hidden(tokens, cache, route))
         return self.lm_head(x) if self.lm_head else F.linear(x, self.embed_tokens.weight)
@@ -97,7 +97,7 @@ class Attention(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
         d, D, Hk = config.hidden_size, config.head_dim, config.num_key_value_heads
-        self.layer, self.head_dim, self.clip, self.attend = layer, D, config.clip_qkv, attend
+        self.layer, self.head_dim, self.clip, self.attend = layer, D, config.clip_qkv, attend  # part 2 replaces it
         self.q_proj = nn.Linear(d, d, bias=False)
         self.k_proj = nn.Linear(d, Hk * D, bias=False)
         self.v_proj = nn.Linear(d, Hk * D, bias=False)
@@ -140,7 +140,7 @@ def attend(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: 
     # Keys times queries, which are few, take a quarter of the time that queries times keys would.
     shared = (shared_k[0] @ q.flatten(1, 3).mT).mT.view(Hk, n, T, g, S)
     if T > 1:
-        later = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
+        later = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)  # query i sees S - T + 1 + i
         shared.masked_fill_(later[:, None], -torch.inf)
     own = q @ own_k.transpose(0, 1).mT  # [Hk, n, T, g, C]
     of_shared, of_own = torch.cat((shared, own), -1).softmax(-1).split((S, own.shape[-1]), -1)

@@ -115,7 +115,7 @@ def run_rosters(model: OLMoE, tokens: Tensor, cache, rosters: int, tau: list[flo
                 return top_k(logits, c.num_experts_per_tok, c.norm_topk_prob)
             return stochastic_route(logits, noise[:, :, layer], c.num_experts_per_tok, weights, c.norm_topk_prob)
 
-    return model(tokens, cache, route).expand(rosters, -1, -1)  # one row still, if no layer has noise
+    return model(tokens, cache, route).expand(rosters, -1, -1)  # copies the row if no layer has noise, else nothing
 
 
 @torch.inference_mode()
@@ -177,8 +177,8 @@ def generate(
     config, tau = model.config, temperatures(model.config, tau)
     check_length(len(tokens), 1, config)
     max_len = min(config.max_position_embeddings, len(tokens) + max_new_tokens - 1)  # the last token is not read again
-    if temperature < 0 or top_p <= 0:
-        raise ValueError(f"temperature must be at least 0, and top_p above 0, not {temperature} and {top_p}")
+    if rosters < 1 or margin < 0 or temperature < 0 or top_p <= 0:
+        raise ValueError("rosters must be at least 1, margin and temperature at least 0, and top_p above 0")
     if cache == "shared":
         history = SharedCache(config, max_len)
     elif cache == "branching" and margin >= 1:  # else rosters would not have read what the clean path was sure of
@@ -212,14 +212,13 @@ def sure(log_probs: Tensor, margin: float) -> Tensor:
 
 
 def choose(log_probs: Tensor, temperature: float, top_p: float, seed: int, position: int) -> int:
-    """A token id from log-probabilities [V]: the most likely one at temperature 0, else a sample.
-
-    With top_p < 1 the sample is from the smallest set of most likely tokens that has this probability.
-    """
-    if temperature > 0:  # a sample is drawn as experts are: by adding Gumbel noise, of positions that no token has
+    """A token id from log-probabilities [V]: the most likely one at temperature 0, else a sample."""
+    if temperature > 0:
         log_probs = log_probs / temperature
-        probs, ids = log_probs.softmax(-1).sort(descending=True)
-        log_probs[ids[probs.cumsum(-1) - probs >= top_p]] = -math.inf
+        if top_p < 1:  # a sample from the smallest set of most likely tokens that has this probability
+            probs, ids = log_probs.softmax(-1).sort(descending=True)
+            log_probs[ids[probs.cumsum(-1) - probs >= top_p]] = -math.inf
+        # It is drawn as experts are, by adding Gumbel noise: that of one noisy roster, at positions that no token has.
         log_probs += gumbel(seed, -1 - position, 2, 1, len(log_probs))[0, 0].to(log_probs.device)
     return log_probs.argmax().item()
 
@@ -228,15 +227,15 @@ def choose(log_probs: Tensor, temperature: float, top_p: float, seed: int, posit
 def score(model, tokens, rosters, tau=None, seed=0, weights="perturbed", margin=1.0, history=None, watch=None):
     """Log-probability of every token of a text under 1, 2, ..., n rosters (section 2.2, validation perplexity).
 
-    With the shared cache a token's noise reaches no other token. A forward pass over T tokens with n rows is therefore
-    decoding token by token: row r at position t sees the clean history before t and itself.
+    With the shared cache a token's noise reaches no other token, and is that of its position. A forward pass over T
+    tokens with n rows is therefore decoding token by token: row r at position t sees the clean history and itself.
 
     Args:
         tokens: T >= 2 ids. One longer than the context is scored in pieces of that length, each without those before.
         tau, seed, weights, margin: as in `generate`.
         history: a `SharedCache` that holds the tokens before tokens[0], with room for T - 1 more, which are added.
         watch: called as watch(logits [n, t, V], log_probs [t, V], tokens [t], cache) for every t tokens of the text;
-            log_probs is what all rosters together predict.
+            log_probs is the average, or where the clean path was sure its own prediction.
 
     Returns:
         log-probabilities [n, T - 1] in float32; row m - 1 is what `generate` with m rosters gives to tokens[1:].
@@ -251,7 +250,7 @@ def score(model, tokens, rosters, tau=None, seed=0, weights="perturbed", margin=
     context, counts = config.max_position_embeddings, torch.arange(1, rosters + 1, device=model.device)
     scores = []
     for piece, targets in zip(tokens[:-1].split(context), tokens[1:].split(context)):
-        cache = history or SharedCache(config, len(piece))
+        cache = history or SharedCache(config, len(piece))  # whose positions begin anew; those of noise go on
         for part, target in zip(piece.split(chunk), targets.split(chunk)):
             logits = run_rosters(model, part[None], cache, rosters, tau, seed, position, weights)
             log_probs = logits.float().log_softmax(-1)

@@ -655,15 +655,15 @@ def test_generation_ends(small, monkeypatch):
 
 def test_settings_reach_every_token(small):
     """One seed gives one output, and every setting another."""
-    run = lambda tau=2.0, **options: generated(small.model, [2], 4, tau, max_new_tokens=30, **options)
+    run = lambda tau=2.0, rosters=4, **options: generated(small.model, [2], rosters, tau, max_new_tokens=30, **options)
     assert run() == run() != run(seed=1) and run(seed=-1) != run(seed=2**70) != run()
     assert run(temperature=1.0) == run(temperature=1.0) != run() != run(weights="clean")
     assert run(1.0, cache="shared") != run(1.0, cache="branching")
     assert run(0.0, temperature=1.5, top_p=1e-6) == run(0.0) != run(0.0, temperature=1.5)  # one token is left
     zero, one = (roe.score(small.model, range(20), 4, 1.0, seed) for seed in (0, 1))
     assert not torch.equal(zero, one)
-    bad_options = [{"cache": "own"}, {"weights": "cleen"}, {"temperature": -1}, {"top_p": 0}]
-    for bad in [*bad_options, {"margin": 0.5, "cache": "branching"}]:
+    bad_options = [{"cache": "own"}, {"weights": "cleen"}, {"temperature": -1}, {"top_p": 0}, {"margin": -1}]
+    for bad in [*bad_options, {"rosters": 0}, {"rosters": -1}, {"margin": 0.5, "cache": "branching"}]:
         with pytest.raises(ValueError, match=next(iter(bad))):
             run(**bad)
 
@@ -1147,9 +1147,7 @@ BAD_ARGUMENTS = {
     "no tokens": (["--max-new-tokens", "0"], "--max-new-tokens: must be a whole number from 1 to 1000000000, not 0"),
     "top_p without sampling": (["--top-p", "0.9"], "--top-p is for sampling"),
     "skip negative": (["--skip", "-1"], "--skip: must be a whole number from 0 to 1000000000, not -1"),
-    "no such directory": (["--model", "no/such/directory"], "there is no directory no/such/directory"),
     "directory that steers the terminal": (["--model", "\x1b[2J"], r"there is no directory \x1b[2J, and"),
-    "a file for a directory": (["--model", __file__], "there is no directory"),
     "no such text": (["--ppl", "missing.txt"], "missing.txt cannot be read (No such file or directory)"),
     "a text without end": (["--ppl", "/dev/zero"], "/dev/zero has more than 16,777,216 bytes"),
     "text and scores": (["--ppl", __file__, "--prompt", "x"], "not allowed with argument"),
@@ -1160,6 +1158,7 @@ BAD_ARGUMENTS = {
 for option, sentence, *values in (
     ("--rosters", "--rosters: must be a whole number from 1 to 1024, not {}", "0", "1000000000"),
     ("--top-p", "--top-p: must be a number from 1e-06 to 1, not {}", "0", "1e-300"),
+    ("--model", "there is no directory {}, and it is not a hub id", "no/such/directory", "~nobody/x", "", __file__),
     ("--device", "device {} cannot be used", "abacus", "cuda:99", "meta", "hpu"),
     ("--tau", "tau must be a number from 0 to 100, not {}", "-0.1", "nan", "1e+38"),
     ("--temperature", "--temperature: must be 0, or a number from 0.001 to 1000, not {}", "-1", "1e-38", "inf"),
@@ -1189,8 +1188,8 @@ def test_bad_texts_and_tau_files(cli, tmp_path, monkeypatch):
         ("null", "is not a JSON list"),
         ("[0.1", "is not JSON"),
         ("[" * 100_000, "is not JSON"),
-        ('["a"]', "tau must be a list of numbers, not ['a']"),
-        ("[true, 0, 0, 0, 0, 0]", "tau must be a list of numbers, not [True, 0"),
+        ('["a"]', "tau must be a number from 0 to 100, not 'a'"),
+        ("[0, 0, 0, 0, 0, 0, 0, true]", "tau must be a number from 0 to 100, not True"),
     ):
         text.write_text(tau)
         refused(cli("--prompt", "x", "--tau", text), sentence)

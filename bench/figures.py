@@ -19,7 +19,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.text import Text
-from tables import latest, results
+from tables import SETTINGS, latest, results
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -29,11 +29,7 @@ from roe import aggregate, generate, temperatures
 FIGURES = ROOT / "bench" / "figures"
 GREY, BLUE, ORANGE, GREEN = "#808890", "#3f8cff", "#e8762c", "#2ea05a"
 READINGS = {"clean": ("weights softmax(R)", BLUE), "perturbed": ("weights softmax(R + τG)", ORANGE)}
-SETTINGS = {
-    "clean": ("softmax(R), searched τ", BLUE),
-    "default": ("softmax(R + τG), tiny/tau.json", ORANGE),
-    "perturbed, 0.5": ("softmax(R + τG), τ = 0.5", GREEN),
-}
+COLOURS = {"clean": BLUE, "perturbed": GREEN, "default": ORANGE, "perturbed, 0.5": GREEN}  # of tables.SETTINGS
 
 plt.rcParams.update(
     {
@@ -161,21 +157,16 @@ def draw_gains() -> None:
 
 def draw_rosters() -> None:
     """Held-out text against the number of rosters, and the temperatures of each setting by layer."""
-    settings = {
-        "clean": ("softmax(R), searched τ", BLUE),
-        "perturbed": ("softmax(R + τG), searched τ", GREEN),
-        "default": ("softmax(R + τG), tiny/tau.json", ORANGE),
-    }
     tau = {line["setting"]: line["tau"] for line in results("rosters")}
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.2), width_ratios=(3, 2))
     for setting, points in curves(results("rosters"), "setting", "rosters").items():
-        label, colour = settings[setting]
-        left.errorbar(*zip(*points, strict=True), color=colour, label=label, marker="o", ms=4, capsize=2)
-        right.plot(tau[setting], color=colour, marker="o", ms=4)
+        style = {"color": COLOURS[setting], "marker": "o", "ms": 4}
+        left.errorbar(*zip(*points, strict=True), label=SETTINGS[setting], capsize=2, **style)
+        right.plot(tau[setting], **style)
     left.set_xscale("log", base=2)
     left.set_xticks([1, 2, 4, 8, 16, 32], [1, 2, 4, 8, 16, 32])
     left.set(xlabel="rosters n", ylabel="change of perplexity, %", title="held-out modules")
-    left.legend()
+    left.legend(fontsize=8)
     right.set(xlabel="layer", ylabel="τ", ylim=(0, 0.55))
     save(figure, "rosters")
 
@@ -185,7 +176,8 @@ def draw_texts() -> None:
     lines = latest([line for line in results("texts") if "softened" in line], "text", "setting").values()
     clean = lambda line: line["perplexity"] / (1 + line["change"])
     figure, ax = plt.subplots(figsize=(8.5, 4.2))
-    for place, (setting, (label, colour)) in enumerate(SETTINGS.items()):
+    for place, setting in enumerate(dict.fromkeys(line["setting"] for line in lines)):
+        label, colour = SETTINGS[setting], COLOURS[setting]
         chosen = sorted((line for line in lines if line["setting"] == setting), key=clean)
         x = [clean(line) * 1.008 ** (place - 1) for line in chosen]
         y, errors, softened = ([100 * line[key] for line in chosen] for key in ("change", "error", "softened"))

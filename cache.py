@@ -54,7 +54,7 @@ class SharedCache:
         own_k, own_v = k.unsqueeze(3), v.unsqueeze(3)
         if len(k) == 1:
             return self.k[layer, :, :, :end], self.v[layer, :, :, :end], own_k[:, :, :, :0], own_v[:, :, :, :0]
-        # With one position less, each query sees those before its own, of which its row has a version and not row 0's.
+        # S = length + T - 1: query i sees the length + i positions before its own (see attend), and its row's own one.
         return self.k[layer, :, :, : end - 1], self.v[layer, :, :, : end - 1], own_k, own_v
 
 
@@ -96,7 +96,7 @@ class BranchingCache:
         if not self.shared:
             self.shared = [k.new_empty(shape) for shape in self.shared_shapes]
             self.own = [k.new_empty(shape) for shape in self.own_shapes]
-        alone = len(k) == 1
+        alone = len(k) == 1  # the prompt, or a layer that is not after the first noisy one
         kv, start = (self.shared[layer], self.length) if alone else (self.own[layer], self.length - self.prompt_len)
         end, room = start + k.shape[2], kv.shape[3]
         if end > room:

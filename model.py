@@ -97,7 +97,7 @@ class Attention(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
         d, D, Hk = config.hidden_size, config.head_dim, config.num_key_value_heads
-        self.layer, self.head_dim, self.clip, self.attend = layer, D, config.clip_qkv, attend  # part 2 replaces it
+        self.layer, self.head_dim, self.clip, self.attend = layer, D, config.clip_qkv, attend  # speed_up sets another
         self.q_proj = nn.Linear(d, d, bias=False)
         self.k_proj = nn.Linear(d, Hk * D, bias=False)
         self.v_proj = nn.Linear(d, Hk * D, bias=False)

@@ -39,11 +39,11 @@ def gumbel(seed: int, position: int, rosters: int, layers: int, experts: int) ->
     """The noise of a token: i.i.d. Gumbel(0, 1), G [rosters - 1, layers, experts], float32, on the CPU.
 
     It is a hash of the seed and of the token's position in its text, and depends on nothing else. Rosters come first,
-    so that those of m rosters are the first of n; there is none for the clean one. All noise comes from here.
+    and a shorter hash begins a longer one, so that those of m rosters are the first of n. All noise comes from here.
     """
     digest = hashlib.shake_128(f"{seed:d} {position:d}".encode()).digest(4 * rosters * layers * experts)
     uniform = (torch.frombuffer(bytearray(digest), dtype=torch.int32).double() + 2**31 + 0.5) / 2**32  # never 0 or 1
-    return -(-uniform.log()).log().float().view(rosters, layers, experts)[1:]
+    return -(-uniform.log()).log().float().view(rosters, layers, experts)[1:]  # the clean one has none
 
 
 def stochastic_route(logits: Tensor, noise: Tensor, k: int, weights: str = "perturbed", normalize: bool = False):
@@ -63,7 +63,7 @@ def stochastic_route(logits: Tensor, noise: Tensor, k: int, weights: str = "pert
     """
     if weights not in ("perturbed", "clean"):
         raise ValueError(f"weights must be perturbed or clean, not {weights!r}")
-    clean = logits.float().expand_as(noise)
+    clean = logits.float().expand_as(noise)  # the branch: one row becomes n, and MoE.forward expands x to match
     noisy = clean + noise
     indices = noisy.topk(k).indices
     probs = (noisy if weights == "perturbed" else clean).softmax(-1).gather(-1, indices)
@@ -115,7 +115,7 @@ def run_rosters(model: OLMoE, tokens: Tensor, cache, rosters: int, tau: list[flo
                 return top_k(logits, c.num_experts_per_tok, c.norm_topk_prob)
             return stochastic_route(logits, noise[:, :, layer], c.num_experts_per_tok, weights, c.norm_topk_prob)
 
-    return model(tokens, cache, route).expand(rosters, -1, -1)  # copies the row if no layer has noise, else nothing
+    return model(tokens, cache, route).expand(rosters, -1, -1)  # n equal rows if no layer has noise; else there are n
 
 
 @torch.inference_mode()
@@ -181,7 +181,7 @@ def generate(
         raise ValueError("rosters must be at least 1, margin and temperature at least 0, and top_p above 0")
     if cache == "shared":
         history = SharedCache(config, max_len)
-    elif cache == "branching" and margin >= 1:  # else rosters would not have read what the clean path was sure of
+    elif cache == "branching" and margin >= 1:  # else rosters would lack tokens that they did not read
         first_noisy = next((layer for layer, value in enumerate(tau) if value > 0), None)
         history = BranchingCache(config, max_len, rosters, len(tokens) - 1, first_noisy)
     else:
@@ -214,7 +214,7 @@ def sure(log_probs: Tensor, margin: float) -> Tensor:
 def choose(log_probs: Tensor, temperature: float, top_p: float, seed: int, position: int) -> int:
     """A token id from log-probabilities [V]: the most likely one at temperature 0, else a sample."""
     if temperature > 0:
-        log_probs = log_probs / temperature
+        log_probs = (log_probs - log_probs.max()) / temperature
         if top_p < 1:  # a sample from the smallest set of most likely tokens that has this probability
             probs, ids = log_probs.softmax(-1).sort(descending=True)
             log_probs[ids[probs.cumsum(-1) - probs >= top_p]] = -math.inf

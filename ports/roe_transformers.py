@@ -38,11 +38,11 @@ def gumbel(seed: int, position: int, rosters: int, layers: int, experts: int) ->
     """The noise of a token: i.i.d. Gumbel(0, 1), G [rosters - 1, layers, experts], float32, on the CPU.
 
     It is a hash of the seed and of the token's position in its text, and depends on nothing else. Rosters come first,
-    so that those of m rosters are the first of n; there is none for the clean one. All noise comes from here.
+    and a shorter hash begins a longer one, so that those of m rosters are the first of n. All noise comes from here.
     """
     digest = hashlib.shake_128(f"{seed:d} {position:d}".encode()).digest(4 * rosters * layers * experts)
     uniform = (torch.frombuffer(bytearray(digest), dtype=torch.int32).double() + 2**31 + 0.5) / 2**32  # never 0 or 1
-    return -(-uniform.log()).log().float().view(rosters, layers, experts)[1:]
+    return -(-uniform.log()).log().float().view(rosters, layers, experts)[1:]  # the clean one has none
 
 
 class NoisyForward(TorchFunctionMode):

@@ -37,11 +37,11 @@ def gumbel(seed: int, position: int, rosters: int, layers: int, experts: int) ->
     """The noise of a token: i.i.d. Gumbel(0, 1), G [rosters - 1, layers, experts], float32, on the CPU.
 
     It is a hash of the seed and of the token's position in its text, and depends on nothing else. Rosters come first,
-    so that those of m rosters are the first of n; there is none for the clean one. All noise comes from here.
+    and a shorter hash begins a longer one, so that those of m rosters are the first of n. All noise comes from here.
     """
     digest = hashlib.shake_128(f"{seed:d} {position:d}".encode()).digest(4 * rosters * layers * experts)
     uniform = (torch.frombuffer(bytearray(digest), dtype=torch.int32).double() + 2**31 + 0.5) / 2**32  # never 0 or 1
-    return -(-uniform.log()).log().float().view(rosters, layers, experts)[1:]
+    return -(-uniform.log()).log().float().view(rosters, layers, experts)[1:]  # the clean one has none
 
 
 def average(logits: Tensor) -> Tensor:
@@ -52,12 +52,8 @@ def average(logits: Tensor) -> Tensor:
 def settings(layers: int, model: str) -> tuple[int, list[float], int]:
     """Rosters, one temperature for each of the mixture layers, and the seed, from the environment (section 2.2)."""
     beside = Path(model, "tau.json")
-    default = {
-        "ROE_ROSTERS": "1",
-        "ROE_TAU": beside.read_text() if beside.is_file() else "0.2",
-        "ROE_SKIP": "1",
-        "ROE_SEED": "0",
-    }
+    tau = beside.read_text() if beside.is_file() else "0.2"
+    default = {"ROE_ROSTERS": "1", "ROE_TAU": tau, "ROE_SKIP": "1", "ROE_SEED": "0"}
     given = {name: os.environ.get(name, value) for name, value in default.items()}
     try:
         rosters, tau, skip, seed = map(json.loads, given.values())
@@ -97,17 +93,19 @@ class Rosters:
         if not gates:
             raise ValueError(f"{name} has no router that RoE in vLLM knows (GateLinear); unset ROE_ROSTERS to run it")
         self.rosters, tau, self.seed = settings(len(gates), model.model)
+        if self.rosters == 1:
+            return
         self.requests, self.lengths = schedule.max_num_seqs, []  # how many there can be; their histories in this step
         most = self.requests * (self.rosters - 1)  # noisy rows that a step can have
         for layer in self.modules():
-            if hasattr(layer, "get_kv_cache_spec") and self.rosters > 1:  # it has a cache
+            if hasattr(layer, "get_kv_cache_spec"):  # it has a cache
                 add_rows(layer, self)
         # What the hooks add must be read from memory: vLLM compiles the model once, with its Python values frozen.
         # noise[layer, i] is for the i-th noisy row of a step, noise[layer, 0] = 0; row: i for that row, 0 for tokens.
         self.noise = torch.zeros(len(gates), most + 1, gates[0].output_size, dtype=torch.float32)
         self.row = torch.zeros(schedule.max_num_batched_tokens + most, dtype=torch.long)
         self.tau = torch.tensor(tau, dtype=torch.float32, device="cpu").view(-1, 1, 1)
-        self.untested = self.rosters > 1 and any(tau)  # whether noise reaches the routers, as compiled or fused
+        self.untested = any(tau)  # whether noise reaches the routers, as compiled or fused
         for gate, noise in zip(gates, self.noise):
             gate.register_buffer("noise", noise, persistent=False)
             gate.register_buffer("row", self.row, persistent=False)
@@ -120,6 +118,8 @@ class Rosters:
 
     def forward(self, input_ids: Tensor, positions: Tensor, *args, **kwargs) -> Tensor:
         """Hidden states [tokens, n * d]: at a request's last token those of the n rosters, the clean one first."""
+        if self.rosters == 1:
+            return super().forward(input_ids, positions, *args, **kwargs)
         tokens, metadata = len(input_ids), get_forward_context().attn_metadata
         if metadata:
             last = next(iter(metadata.values())).query_start_loc[1:] - 1  # each request's last token

@@ -149,7 +149,7 @@ def read_config(folder: Path, device: torch.device) -> Config:
     """config.json as a `Config`. What it asks for beyond OLMoE as published is refused by name."""
     file, ends = folder / "config.json", folder / "generation_config.json"
     raw = {"model_type": None} | read_json(file)
-    for name in ("rope_parameters", "rope_scaling"):  # as transformers 5 and 4 write what else is beside the sizes
+    for name in ("rope_parameters", "rope_scaling"):  # where transformers 5 and 4 say how positions are embedded
         rope = raw.get(name) or {}
         if not isinstance(rope, dict) or not rope.keys() <= {"rope_theta", *ROPE}:
             raise ValueError(f"{file}: {name} {short(rope)} is not an object of rope_theta and rope_type")

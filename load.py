@@ -71,25 +71,13 @@ def load(source=None, device: str = "auto", dtype: str = "auto", fast: bool = Tr
         small = device.type == "cpu" and sum(file.stat().st_size for file in files) < SMALL
         stored_as = next(dtype for _, name, _, dtype in stored if name in (EMBEDDING, HEAD))
         kind = torch.float32 if small else DTYPES[stored_as]
-    shards = {file: safe_open(file, "pt", backend="pread") for file in files}  # mapped pages would stay in memory
-
-    def read(prefix: str) -> dict[str, Tensor]:
-        """The tensors whose names in the checkpoint begin so, by the rest of their names."""
-        tensors = [(name, shards[file].get_tensor(name)) for file, name, *_ in stored if name.startswith(prefix)]
-        parts = [part for tensor in tensors for part in one_by_one(*tensor)]
-        return {name.removeprefix(prefix): tensor.to(device, kind) for name, tensor in parts}
-
-    embedding, head = read("model.embed_tokens."), read("lm_head.")
-    if config.tie_word_embeddings and embedding and head and not head["weight"].equal(embedding["weight"]):
+    state, shards = {}, {file: safe_open(file, "pt", backend="pread") for file in files}  # mapped pages would stay
+    for file, name, *_ in tqdm(stored, desc="loading", unit="tensor", leave=False, delay=1, disable=None):
+        state |= {part: tensor.to(device, kind) for part, tensor in one_by_one(name, shards[file].get_tensor(name))}
+    if config.tie_word_embeddings and HEAD in state and not state[HEAD].equal(state.setdefault(EMBEDDING, state[HEAD])):
         raise ValueError(f"{folder} has tied embeddings by its config.json, but stores another {HEAD}")
-    model.embed_tokens.load_state_dict(embedding or head, assign=True)
-    model.norm.load_state_dict(read("model.norm."), assign=True)
-    if model.lm_head:
-        model.lm_head.load_state_dict(head, assign=True)
-    for i, layer in enumerate(tqdm(model.layers, desc="loading", unit="layer", leave=False, delay=1, disable=None)):
-        layer.load_state_dict(read(f"model.layers.{i}."), assign=True)
-        if fast:  # layer by layer, since each is in memory twice meanwhile
-            speed_up(layer)
+    model.load_state_dict({name: state[stored_name(name)] for name, _ in model.named_parameters()}, assign=True)
+    del state  # `speed_up` frees each matrix as soon as it has arranged it anew
     return speed_up(model) if fast else model, tokenizer
 
 

@@ -36,7 +36,6 @@ class Config:
     tie_word_embeddings: bool = False
     eos_token_id: int | list[int] | None = None
     tau: list[float] | None = None  # routing temperatures, one per layer: what a file tau.json beside the model says
-
     head_dim = property(lambda self: self.hidden_size // self.num_attention_heads)
 
 
@@ -285,7 +284,8 @@ class SortedExperts(nn.Module):
     def __init__(self, experts: Experts):
         super().__init__()
         self.gate_up_proj, self.down_proj = nn.ModuleList(), nn.ModuleList()
-        for expert in experts:
+        while len(experts):
+            expert = experts.pop(0)  # one by one, so that they are not in memory twice
             gate_up = torch.cat((expert.gate_proj.weight, expert.up_proj.weight))
             self.gate_up_proj.append(PackedLinear(gate_up) if packs_on(gate_up) else WideLinear(gate_up))
             self.down_proj.append(speed_up(expert.down_proj))

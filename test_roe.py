@@ -751,7 +751,7 @@ def test_experts(dtype, atol):
     exact, expected = copy.deepcopy(experts).double(), torch.zeros(3, 2, 64, dtype=torch.float64)
     for n, t, i in itertools.product(range(3), range(2), range(2)):
         expected[n, t] += weights[n, t, i].double() * exact[indices[n, t, i]](x[n, t].double())
-    ordered = olmoe.SortedExperts(experts)
+    ordered = olmoe.SortedExperts(copy.deepcopy(experts))
     for form in (experts, olmoe.StackedExperts(experts), ordered):
         # bfloat16 rounds a sum of 48 terms of order 0.02 six times, by up to 2^-9: some 5e-4, and more in the worst.
         torch.testing.assert_close(form(x, weights, indices).double(), expected, rtol=0, atol=atol)

@@ -396,7 +396,7 @@ def check_tricks() -> None:
     experts = experts.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
     for p in experts.parameters():
         p.normal_(std=0.02)
-    ordered = SortedExperts(experts)
+    ordered = SortedExperts(copy.deepcopy(experts))
     for expert in experts:  # else it would be seen what packing brings
         speed_up(expert)
     for n in (1, 8, 256, 512):

@@ -137,14 +137,15 @@ def read_config(folder: Path, device: torch.device) -> Config:
     """config.json as a `Config`. What it asks for beyond OLMoE as published is refused by name."""
     file, ends = folder / "config.json", folder / "generation_config.json"
     raw = {"model_type": None} | read_json(file)
-    for name in ("rope_parameters", "rope_scaling"):  # where transformers 5 and 4 say how positions are embedded
-        rope = raw.get(name) or {}
+    ropes = {name: raw.get(name) or {} for name in ("rope_scaling", "rope_parameters")}  # of transformers 4 and 5
+    for name, rope in ropes.items():
         if not isinstance(rope, dict) or not rope.keys() <= {"rope_theta", *ROPE}:
             raise ValueError(f"{file}: {name} {short(rope)} is not an object of rope_theta and rope_type")
-        raw |= rope
-    for key, value in (IMPLEMENTED | ROPE).items():
-        if raw.get(key, value) != value:
-            raise ValueError(f"{file}: {key} {short(raw[key])} is not implemented, only {value!r}")
+    for part in (raw, *ropes.values()):
+        for key, value in (IMPLEMENTED | ROPE).items():
+            if part.get(key, value) != value:
+                raise ValueError(f"{file}: {key} {short(part[key])} is not implemented, only {value!r}")
+    raw |= ropes["rope_scaling"] | ropes["rope_parameters"]
     if raw.get("num_key_value_heads") is None:
         raw["num_key_value_heads"] = raw.get("num_attention_heads")
     values = {name: raw.get(name) for name in ALLOWED if name in SIZES or raw.get(name) is not None}

@@ -36,6 +36,7 @@ class Config:
     tie_word_embeddings: bool = False
     eos_token_id: int | list[int] | None = None
     tau: list[float] | None = None  # routing temperatures, one per layer: what a file tau.json beside the model says
+
     head_dim = property(lambda self: self.hidden_size // self.num_attention_heads)
 
 
@@ -134,10 +135,9 @@ def attend(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: 
         last                   x x x x x x  x         last                   x x x x x x x
     """
     (n, H, T, D), (_, Hk, S, _) = q.shape, shared_k.shape
-    g = H // Hk  # query heads that share a key-value head
-    q = (q * D**-0.5).view(n, Hk, g, T, D).transpose(0, 1)  # [Hk, n, g, T, D]
+    q = (q * D**-0.5).view(n, Hk, -1, T, D).transpose(0, 1)  # [Hk, n, g, T, D]: g query heads share a key-value head
     # Keys times queries, which are few, take a quarter of the time that queries times keys would.
-    shared = (shared_k[0] @ q.flatten(1, 3).mT).mT.view(Hk, n, g, T, S)
+    shared = (shared_k[0] @ q.flatten(1, 3).mT).mT.view(*q.shape[:-1], S)
     if T > 1:
         later = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)  # query i sees S - T + 1 + i
         shared.masked_fill_(later, -torch.inf)
@@ -279,7 +279,7 @@ class WideLinear(nn.Module):
 
 
 class SortedExperts(nn.Module):
-    """`Experts` on CPUs, with all rows sorted by expert once, and one product for gate and up: 1.1 times as fast."""
+    """`Experts`, which it empties, on CPUs: rows sorted by expert once, gate and up one product. 1.1 times as fast."""
 
     def __init__(self, experts: Experts):
         super().__init__()

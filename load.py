@@ -134,8 +134,9 @@ def read_config(folder: Path) -> Config:
             raw["num_key_value_heads"] = raw.get("num_attention_heads")
         values = {}
         for field in fields(Config):
-            if field.type in BOUNDS and raw.get(field.name) is not None:
-                value, (low, high) = raw[field.name], BOUNDS[field.type]
+            value = raw.get(field.name, field.default)
+            if field.type in BOUNDS and value is not field.default:
+                low, high = BOUNDS[field.type]
                 kinds = {type(low), int} if type(low) is float else {type(low)}
                 if type(value) not in kinds or not low <= value <= high:
                     what = f"of type {type(low).__name__}, from {low} to {high}"

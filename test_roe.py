@@ -247,7 +247,9 @@ def test_what_libraries_leave_in_checkpoints(tmp_path, cli, name):
         torch.testing.assert_close(model(tokens), hf(tokens).logits, **CLOSE)
     if name == "tied, both stored":
         rewrite(weights, lambda tensors: tensors["lm_head.weight"].mul_(2))
-        refused(cli("--model", tmp_path, "--prompt", "x"), "says that embeddings are tied, but there is another lm_head")
+        refused(
+            cli("--model", tmp_path, "--prompt", "x"), "says that embeddings are tied, but there is another lm_head"
+        )
 
 
 def test_where_text_ends(small, tmp_path):
@@ -612,28 +614,65 @@ def test_cache_bytes(small):
     assert nbytes(8, True) == {(2 * 30 + 2 * (10 + 8 * 20)) * position}
 
 
-SIZES = [(1, T, S, 0, 16) for T, S in ((1, 9), (1, 600), (5, 5), (5, 9), (5, 600))]
-SIZES += [(3, T, S, 1, 16) for T, S in ((1, 0), (1, 9), (5, 7), (5, 600))]
-SIZES += [(n, 1, S, 4, 16) for n, S in ((1, 9), (3, 9), (3, 600))]
-
-
+# Rows, positions, shared and own positions, size of a head, query heads and key-value heads.
+SIZES = [(1, T, S, 0, 16, 4, 2) for T, S in ((1, 9), (1, 600), (5, 5), (5, 9), (5, 600))]
+SIZES += [(3, T, S, 1, 16, 4, 2) for T, S in ((1, 0), (1, 9), (5, 7), (5, 600))]
+SIZES += [(n, 1, S, 4, 16, 4, 2) for n, S in ((1, 9), (3, 9), (3, 600))]
+SIZES += [(1, 1, 600, 0, 8, H, Hk) for H, Hk in ((16, 16), (6, 3), (8, 1))]
 # Values are averages of numbers of order 1; bfloat16 rounds the weights of that average, and then the average, by 2^-9.
-@pytest.mark.parametrize("dtype, atol", ((torch.float32, 1e-6), (torch.bfloat16, 0.03)))
-@pytest.mark.parametrize("n, T, S, C, D", SIZES)
-def test_attend(n, T, S, C, D, dtype, atol):
+ATTEND = ((torch.float32, 1e-6), (torch.bfloat16, 0.03))
+
+
+def check_attend(attend, sizes, dtype, atol):
     """Against a softmax over all that a query sees, row by row and head by head, in float64."""
     torch.manual_seed(0)
-    H, Hk = 4, 2
+    n, T, S, C, D, H, Hk = sizes
     q, own = torch.randn(n, H, T, D).to(dtype), torch.randn(2, n, Hk, T, C, D).to(dtype)
     shared = torch.randn(2, 1, Hk, S, D).to(dtype)
     expected = torch.empty(n, H, T, D, dtype=torch.float64)
     for row, head, t in itertools.product(range(n), range(H), range(T)):
-        seen = shared[:, 0, head // 2, : S - T + 1 + t]
-        k, v = torch.cat((seen, own[:, row, head // 2, t]), 1).double()
+        kv_head = head * Hk // H
+        seen = shared[:, 0, kv_head, : S - T + 1 + t]
+        k, v = torch.cat((seen, own[:, row, kv_head, t]), 1).double()
         expected[row, head, t] = (q[row, head, t].double() @ k.T / D**0.5).softmax(-1) @ v
     if dtype == torch.bfloat16 and S - T > 500:  # an average of many is small: one position of 600 changes it by 0.01
         atol /= 10
     torch.testing.assert_close(attend(q, *shared, *own).double(), expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("dtype, atol", ATTEND)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_attend(sizes, dtype, atol):
+    check_attend(attend, sizes, dtype, atol)
+
+
+# bfloat16 rounds a sum of 48 terms of order 0.02 six times, by up to 2^-9: some 5e-4, and more in the worst.
+EXPERTS = ((torch.float32, 1e-6), (torch.bfloat16, 3e-3))
+
+
+def check_experts(make, dtype, atol):
+    """Against float64, expert by expert; with experts that get none, one, and several rows."""
+    torch.manual_seed(0)
+    experts = Experts(Expert(Config(0, 64, 48, 1, 1, 1, 5, 2, 0)) for _ in range(5)).to(dtype)
+    x, weights = torch.randn(3, 2, 64).to(dtype), torch.rand(3, 2, 2).to(dtype)
+    indices = torch.tensor([[[1, 2], [1, 4]], [[4, 1], [1, 3]], [[4, 1], [3, 4]]])  # nobody chose expert 0
+    exact, expected = copy.deepcopy(experts).double(), torch.zeros(3, 2, 64, dtype=torch.float64)
+    for n, t, i in itertools.product(range(3), range(2), range(2)):
+        expected[n, t] += weights[n, t, i].double() * exact[indices[n, t, i]](x[n, t].double())
+    form = make(experts)
+    torch.testing.assert_close(form(x, weights, indices).double(), expected, rtol=0, atol=atol)
+    one = form(x[1:2, :1], weights[1:2, :1], indices[1:2, :1])
+    torch.testing.assert_close(one.double(), expected[1:2, :1], rtol=0, atol=atol)
+    x, (weights, indices) = torch.randn(1, 3000, 64).to(dtype), torch.rand(1, 3000, 5).topk(2)
+    expected = exact(x.double(), weights.double(), indices)
+    many = form(x, weights.to(dtype), indices)
+    torch.testing.assert_close(many.double(), expected, rtol=0, atol=4 * atol)  # the worst of 200,000
+
+
+@pytest.mark.parametrize("dtype, atol", EXPERTS)
+@torch.inference_mode()
+def test_experts(dtype, atol):
+    check_experts(lambda experts: experts, dtype, atol)
 
 
 def test_embedded_model(embedded):
@@ -857,7 +896,10 @@ def test_prompt_from_standard_input_and_chat(cli, small, tmp_path):
 
 def test_show_shades_on_a_terminal_only(cli, monkeypatch):
     assert roe.shade("ab", [(1.0, False)]) == "ab"
-    assert roe.shade("a\n b", [(0.75, True), (0.5, False)]) == "\033[4;38;5;16;48;5;215ma\033[0m\n\033[4;38;5;16;48;5;215m b\033[0m"
+    assert (
+        roe.shade("a\n b", [(0.75, True), (0.5, False)])
+        == "\033[4;38;5;16;48;5;215ma\033[0m\n\033[4;38;5;16;48;5;215m b\033[0m"
+    )
     options = ["--prompt", "def f(x):\n", "--tau", "1", "--rosters", "8", "--max-new-tokens", "40"]
     plain = cli(*options)[1]
     assert cli(*options, "--show")[1] == plain  # not a terminal
@@ -1011,7 +1053,10 @@ def test_as_a_program():
 BAD_ARGUMENTS = {
     "rosters not a number": (["--rosters", "many"], "invalid int value"),
     "two counts for a prompt": (["--rosters", "1", "2"], "--ppl"),
-    "tau no number and no file": (["--tau", "warm"], "warm cannot be used: No such file or directory; tau takes a number, or"),
+    "tau no number and no file": (
+        ["--tau", "warm"],
+        "warm cannot be used: No such file or directory; tau takes a number, or",
+    ),
     "seed not a number": (["--seed", "0.5"], "--seed: invalid int value"),
     "unknown dtype": (["--dtype", "int8"], "invalid choice"),
     "unknown option": (["--rooster", "4"], "unrecognized arguments"),
@@ -1021,7 +1066,10 @@ BAD_ARGUMENTS = {
     "top_p without sampling": (["--top-p", "0.9"], "--top-p is for sampling"),
     "skip negative": (["--skip", "-1"], "--skip: must be from 0 to 1000000000, not -1"),
     "directory that steers the terminal": (["--model", "\x1b[2J"], r"there is no directory \x1b[2J, and"),
-    "no such text": (["--ppl", "missing.txt"], "'missing.txt' cannot be used: No such file or directory; give text in UTF-8"),
+    "no such text": (
+        ["--ppl", "missing.txt"],
+        "'missing.txt' cannot be used: No such file or directory; give text in UTF-8",
+    ),
     "a text without end": (["--ppl", "/dev/zero"], "'/dev/zero': it has more than 16,777,216 bytes"),
     "text and scores": (["--ppl", __file__, "--prompt", "x"], "not allowed with argument"),
     "neither text nor scores": ([], "one of the arguments --prompt --ppl is required"),
@@ -1177,13 +1225,19 @@ link = lambda name, target: lambda path: ((path / name).unlink(missing_ok=True),
 
 
 BAD_MODELS = {
-    "no num_experts": (config_with(num_experts=None), "missing 1 required positional argument: 'num_experts'"),
-    "no config": (gone("config.json"), "config.json cannot be used: No such file or directory; download or save the model"),
+    "no num_experts": (config_with(num_experts=GONE), "missing 1 required positional argument: 'num_experts'"),
+    "no config": (
+        gone("config.json"),
+        "config.json cannot be used: No such file or directory; download or save the model",
+    ),
     "an adapter": (file_with("adapter_config.json", "{}"), "is an adapter; merge it into its model first"),
     "a base model": (with_names("model.", ""), 'Missing key(s) in state_dict: "model.embed_tokens.weight", '),
     "a compiled model": (with_names("", "_orig_mod."), '"_orig_mod.model.norm.weight"'),
     "unmerged": (with_names("_proj.", "_proj.base_layer."), '.base_layer.weight"'),
-    "generation_config not JSON": (file_with("generation_config.json", "{"), "generation_config.json cannot be used: JSONDecodeError"),
+    "generation_config not JSON": (
+        file_with("generation_config.json", "{"),
+        "generation_config.json cannot be used: JSONDecodeError",
+    ),
     "config not JSON": (file_with("config.json", "{"), "config.json cannot be used: JSONDecodeError"),
     "config not UTF-8": (lambda path: (path / "config.json").write_bytes(b'{"\xff": 1}'), "UnicodeDecodeError"),
     "config nested beyond reason": (file_with("config.json", '{"x":' * 10**5), "RecursionError"),
@@ -1214,7 +1268,10 @@ BAD_MODELS = {
     "no tokenizer": (gone("tokenizer.json"), "tokenizer.json"),
     "tokenizer is a device": (link("tokenizer.json", "/dev/zero"), "tokenizer.json is not a regular file"),
     "broken tokenizer": (file_with("tokenizer.json", "{}"), "tokenizer.json: Cannot instantiate Tokenizer"),
-    "no token for the unknown": (tokenizer_with(unk_token="\x1b[2J"), r"tokenizer.json cannot be used: Exception: Unk token `\x1b[2J` not"),
+    "no token for the unknown": (
+        tokenizer_with(unk_token="\x1b[2J"),
+        r"tokenizer.json cannot be used: Exception: Unk token `\x1b[2J` not",
+    ),
     "missing shard": (gone(SHARD), f"{SHARD} cannot be used: No such file"),
     "shard is a directory": (link(SHARD, "."), f"{SHARD} is not a regular file"),
     "truncated shard": (lambda path: os.truncate(path / SHARD, 5000), f"{SHARD} cannot be used: SafetensorError"),
@@ -1228,17 +1285,38 @@ BAD_MODELS = {
     "single file is a dangling link": (link(SINGLE, "nothing"), "model.safetensors cannot be used: No such file"),
     "missing tensor": (shard_with(**{EXPERT: GONE}), f'Missing key(s) in state_dict: "{EXPERT}"'),
     "extra tensor": (shard_with(more=torch.ones(1)), 'Unexpected key(s) in state_dict: "more"'),
-    "tensor that steers the terminal": (shard_with(**{"\x1b[2J": torch.ones(1)}), r'Unexpected key(s) in state_dict: "\x1b[2J"'),
-    "tensor with a novel for a name": (shard_with(**{"x" * 10**5: torch.ones(1)}), 'Unexpected key(s) in state_dict: "xxx'),
+    "tensor that steers the terminal": (
+        shard_with(**{"\x1b[2J": torch.ones(1)}),
+        r'Unexpected key(s) in state_dict: "\x1b[2J"',
+    ),
+    "tensor with a novel for a name": (
+        shard_with(**{"x" * 10**5: torch.ones(1)}),
+        'Unexpected key(s) in state_dict: "xxx',
+    ),
     "giant tensor of size 0": (giant, "TypeError: empty()"),
     "tensor in two shards": (edit(OTHER_SHARD, **{EXPERT: torch.ones(1)}), f"{EXPERT} is stored twice"),
-    "fused tensor of one dimension": (shard_with(**{FUSED: torch.ones(8)}), f'Unexpected key(s) in state_dict: "{FUSED}"'),
-    "fused, of other experts": (shard_with(**{FUSED: torch.ones(7, 64, 48)}), f'Unexpected key(s) in state_dict: "{FUSED}"'),
-    "fused tensor without experts": (shard_with(**{FUSED: torch.ones(0, 64, 48)}), f'Unexpected key(s) in state_dict: "{FUSED}"'),
-    "fused, of nothing": (shard_with(**{FUSED: torch.ones(2**40, 0, 48)}), f'Unexpected key(s) in state_dict: "{FUSED}"'),
+    "fused tensor of one dimension": (
+        shard_with(**{FUSED: torch.ones(8)}),
+        f'Unexpected key(s) in state_dict: "{FUSED}"',
+    ),
+    "fused, of other experts": (
+        shard_with(**{FUSED: torch.ones(7, 64, 48)}),
+        f'Unexpected key(s) in state_dict: "{FUSED}"',
+    ),
+    "fused tensor without experts": (
+        shard_with(**{FUSED: torch.ones(0, 64, 48)}),
+        f'Unexpected key(s) in state_dict: "{FUSED}"',
+    ),
+    "fused, of nothing": (
+        shard_with(**{FUSED: torch.ones(2**40, 0, 48)}),
+        f'Unexpected key(s) in state_dict: "{FUSED}"',
+    ),
     "fused, and one by one": (shard_with(**{FUSED: torch.ones(8, 64, 48)}), f"{NOT_FUSED} is stored twice"),
     "tensor of many dimensions": (shard_with(more=torch.ones([1] * 64)), 'Unexpected key(s) in state_dict: "more"'),
-    "wrong shape": (shard_with(**{EXPERT: torch.ones(48, 63)}), f"size mismatch for {EXPERT}: copying a param with shape torch.Size([48, 63])"),
+    "wrong shape": (
+        shard_with(**{EXPERT: torch.ones(48, 63)}),
+        f"size mismatch for {EXPERT}: copying a param with shape torch.Size([48, 63])",
+    ),
     "wrong dtype": (shard_with(**{EXPERT: torch.ones(48, 64, dtype=torch.int8)}), f"{EXPERT} is stored as I8"),
 }
 for file in ("config.json", INDEX, SHARD, SINGLE):
@@ -1247,6 +1325,7 @@ for file in ("config.json", INDEX, SHARD, SINGLE):
 SIZE, NUMBER = "int, from 1 to 1073741824", "float, from 1e-30 to 1e+18"
 for name, kind, *values in (
     ("num_hidden_layers", SIZE, 0),
+    ("num_experts", SIZE, None),
     ("hidden_size", SIZE, -64),
     ("intermediate_size", SIZE, 48.0),
     ("num_key_value_heads", SIZE, True),
@@ -1255,7 +1334,7 @@ for name, kind, *values in (
     ("norm_topk_prob", "bool, from False to True", "false", 0),
     ("clip_qkv", "float, from 1e-30 to 65504", -1, math.nan, 65505, True),
     ("rms_norm_eps", NUMBER, -1),
-    ("rope_theta", NUMBER, 0, -1.0, math.nan, 2**64),
+    ("rope_theta", NUMBER, 0, -1.0, math.nan, 2**64, None),
 ):
     for value in values:
         change = (rope_with if name == "rope_theta" else config_with)(**{name: value})

@@ -1,0 +1,115 @@
+"""What fast/ replaces computes what the plain model does. Tolerances are those of test_roe.py."""
+
+import pytest
+import torch
+
+import roe
+from cache import SharedCache
+from fast.cpu import FastLinear, SortedExperts, attend, attend_in_blocks, attend_widely, packs_on, widens_on
+from fast.gpu import StackedExperts
+from load import load
+from test_roe import ATTEND, CLOSE, EXPERTS, SIZES, TAU, check_attend, check_experts, random_tokens, save
+
+
+def refuse(*_):
+    """Raises a RuntimeError, as an operator does."""
+    return torch.empty(2, 3) @ torch.empty(2, 3)
+
+
+# In bfloat16 all are off from float32 by the same roundings in another order; the median skips experts that these flip.
+@pytest.mark.parametrize("wide", (False, True))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@torch.inference_mode()
+def test_fast_equals_plain(tmp_path, monkeypatch, dtype, wide):
+    """What `speed_up` replaces computes what the plain model does: prompts, long histories, one row and several."""
+    if wide:  # as on a processor that multiplies in float32 only
+        monkeypatch.setattr("fast.cpu.packs_on", lambda _: False)
+        monkeypatch.setattr("fast.cpu.widens_on", lambda _: True)
+    hf = save(tmp_path, dtype, {"max_position_embeddings": 1024, "num_key_value_heads": 2})
+    fast, plain, exact = (load(tmp_path, "cpu", *how)[0] for how in ((dtype,), (dtype, False), ("float32", False)))
+    tokens, results = torch.tensor([random_tokens(620)]), []
+    for model in (fast, plain, exact):
+        cache = SharedCache(model.config, 620)
+        run = lambda i, j: roe.run_rosters(model, tokens[:, i:j], cache, 5, TAU, 0, i, "perturbed").flatten(0, 1)
+        parts = [model(tokens[:, :600], cache)[0], model(tokens[:, 600:610], cache)[0], run(610, 611), run(611, 616)]
+        cache.length = 0
+        results.append(torch.cat([*parts, run(0, 3)]).float())
+    if dtype == torch.float32:
+        torch.testing.assert_close(results[0], results[1], **CLOSE)
+    else:
+        results.append(hf(tokens[:, :610]).logits[0])
+        fast, plain, _, theirs = ((result - results[2][: len(result)]).abs().median() for result in results)
+        assert 0 < fast < 1.25 * min(plain, theirs)
+
+
+def test_where_tricks_pay(monkeypatch):
+    weight = torch.ones(1024, 512)
+    assert not (packs_on(weight[1:]) or packs_on(weight.half()) or packs_on(weight.to("meta")))
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: True)
+    assert widens_on(weight.bfloat16())
+    assert not (widens_on(weight) or widens_on(weight.half()) or widens_on(weight.bfloat16().to("meta")))
+
+
+@torch.inference_mode()
+def test_packed_weights(tmp_path, monkeypatch):
+    """The matrices of a bfloat16 model are packed as they are read, the same numbers; or not, without the operators."""
+    save(tmp_path, torch.bfloat16)
+    fast, plain = load(tmp_path, "cpu", "bfloat16")[0], load(tmp_path, "cpu", "bfloat16", fast=False)[0]
+    assert fast.lm_head.packed == packs_on(plain.lm_head.weight)
+    if not fast.lm_head.packed:
+        pytest.skip("nothing is packed on this processor")
+    for layer, other in zip(fast.model.layers, plain.model.layers, strict=True):
+        assert torch.equal(layer.self_attn.k_proj.weight.to_dense(), other.self_attn.k_proj.weight)
+        experts = layer.mlp.experts
+        for gate_up, down, same in zip(experts.gate_up_proj, experts.down_proj, other.mlp.experts, strict=True):
+            assert torch.equal(gate_up.weight.to_dense(), torch.cat((same.gate_proj.weight, same.up_proj.weight)))
+            assert torch.equal(down.weight.to_dense(), same.down_proj.weight)
+
+
+@torch.inference_mode()
+def test_operators_that_are_lost(tmp_path, monkeypatch):
+    save(tmp_path, torch.bfloat16)
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refuse)
+    fast, plain = load(tmp_path, "cpu", "bfloat16")[0], load(tmp_path, "cpu", "bfloat16", fast=False)[0]
+    tokens = torch.tensor([random_tokens(40)])
+    assert not fast.lm_head.packed
+    assert (fast(tokens) - plain(tokens)).abs().median() < 0.1  # of logits of order 1 to 10, in bfloat16
+
+
+@pytest.mark.parametrize("lost", (False, True))
+@pytest.mark.parametrize("wide", (False, True))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@torch.inference_mode()
+def test_linear(monkeypatch, dtype, wide, lost):
+    """Sums of 600 products of order 1 are made in float32, and then rounded once, in half precision by up to 2^-9."""
+    if lost:  # an operator that PyTorch does not document
+        monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", refuse)
+    weight = torch.randn(4000, 600).to(dtype)  # three blocks, the last one smaller
+    if wide:  # as on a processor that multiplies in float32 only
+        monkeypatch.setattr("fast.cpu.packs_on", lambda _: False)
+        monkeypatch.setattr("fast.cpu.widens_on", lambda _: True)
+    linear = FastLinear(weight)
+    assert linear.wide or not wide
+    rtol, atol = (0, 4e-4) if dtype == torch.float32 else (2**-8, 1e-3)
+    for shape in ((1,), (2, 3), (1, 8), (40,)):
+        x = torch.randn(*shape, 600).to(dtype)
+        exact = x.double() @ weight.double().T
+        torch.testing.assert_close(linear(x).double(), exact, rtol=rtol, atol=atol)
+
+
+LONG = [(1, T, 600, 0, 256, 4, 2) for T in (1, 130, 600)]  # where `attend_in_blocks` does not ask PyTorch's kernel
+
+
+@pytest.mark.parametrize("dtype, atol", ATTEND)
+@pytest.mark.parametrize("sizes", SIZES + LONG)
+@pytest.mark.parametrize("attend", (attend, attend_in_blocks, attend_widely))
+def test_attend(attend, sizes, dtype, atol):
+    check_attend(attend, sizes, dtype, atol)
+
+
+@pytest.mark.parametrize("dtype, atol", EXPERTS)
+@pytest.mark.parametrize("make", (SortedExperts, StackedExperts))
+@torch.inference_mode()
+def test_experts(make, dtype, atol):
+    check_experts(make, dtype, atol)

@@ -105,19 +105,22 @@ def run_rosters(model: OLMoE, tokens: Tensor, cache, rosters: int, tau: list[flo
     """
     if rosters < 1 or weights not in ("perturbed", "clean"):
         raise ValueError(f"rosters must be 1 or more, and weights perturbed or clean, not {rosters} and {weights!r}")
-    c, positions = model.config, range(position, position + tokens.shape[1])
-    noise = torch.stack([gumbel(seed, p, rosters, c.num_hidden_layers, c.num_experts) for p in positions], 1)
-    noise *= torch.tensor(tau, dtype=torch.float32, device="cpu")[:, None]  # tau G [n, T, L, E]
-    noise[0] = 0  # row 0 is the clean path
-    noise = noise.to(model.device)
+    c, route = model.config, None  # plain routing, which is all that one roster needs
+    if rosters > 1 and any(tau):
+        positions = range(position, position + tokens.shape[1])
+        noise = torch.stack([gumbel(seed, p, rosters, c.num_hidden_layers, c.num_experts) for p in positions], 1)
+        noise *= torch.tensor(tau, dtype=torch.float32, device="cpu")[:, None]  # tau G [n, T, L, E]
+        noise[0] = 0  # row 0 is the clean path
+        noise = noise.to(model.device)
 
-    def route(layer: int, logits: Tensor) -> tuple[Tensor, Tensor]:
-        if tau[layer] == 0:
-            return top_k(logits, c.num_experts_per_tok, c.norm_topk_prob)
-        return stochastic_route(logits, noise[:, :, layer], c.num_experts_per_tok, weights, c.norm_topk_prob)
+        def route(layer: int, logits: Tensor) -> tuple[Tensor, Tensor]:
+            if tau[layer] == 0:
+                return top_k(logits, c.num_experts_per_tok, c.norm_topk_prob)
+            return stochastic_route(logits, noise[:, :, layer], c.num_experts_per_tok, weights, c.norm_topk_prob)
 
     logits = model(tokens, cache, route)
-    if not logits.isfinite().all():
+    low, high = logits.aminmax()  # of which one is not finite if any is not
+    if not (low.isfinite() and high.isfinite()):
         raise ValueError("the model's predictions are not finite: its weights are broken, or too large for its dtype")
     return logits.expand(rosters, -1, -1)  # still one row if no layer has noise
 

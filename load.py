@@ -137,15 +137,15 @@ def read_config(folder: Path) -> Config:
             value = raw.get(field.name, field.default)
             if field.type in BOUNDS and value is not field.default:
                 low, high = BOUNDS[field.type]
-                kinds = {type(low), int} if type(low) is float else {type(low)}
-                if type(value) not in kinds or not low <= value <= high:
+                kind = float if isinstance(low, float) and type(value) is int else type(value)  # 8 is a float, too
+                if kind is not type(low) or not low <= value <= high:
                     what = f"of type {type(low).__name__}, from {low} to {high}"
                     raise ValueError(f"{field.name} must be {what}, not {short(value)}")
                 values[field.name] = value
         c = Config(**values, eos_token_id=[i for i in eos if type(i) is int and 0 <= i < values["vocab_size"]])
         for wrong, sentence in (
             (c.num_experts_per_tok > c.num_experts, "num_experts_per_tok must not exceed num_experts"),
-            (c.hidden_size % (2 * c.num_attention_heads), "num_attention_heads must divide hidden_size, to an even size"),
+            (c.hidden_size % (2 * c.num_attention_heads), "hidden_size / num_attention_heads must be an even number"),
             (c.num_attention_heads % c.num_key_value_heads, "num_key_value_heads must divide num_attention_heads"),
             (raw.get("head_dim") not in (None, c.head_dim), "head_dim must be hidden_size / num_attention_heads"),
             (any(type(i) is not int for i in eos), f"eos_token_id, or {ends.name}'s, must be an id or a list of them"),
@@ -181,8 +181,31 @@ def load_weights(source, config: Config, device="auto", dtype="auto", fast: bool
     if dtype != "auto" and kind not in DTYPES.values():
         raise ValueError(f"dtype {dtype} is unknown; use auto, bfloat16, float16 or float32")
     device = pick_device(device)
+    folder, stored = stored_tensors(source)
+    with using(folder):  # before a weight is read: what is missing, unexpected or of the wrong shape
+        headers = by_parameter(((name, torch.empty(shape, device="meta")) for _, name, shape, _ in stored), config)
+        if 3 * config.num_hidden_layers * config.num_experts > len(headers):  # which would take long to lay out
+            raise ValueError(f"it has no weights for {config.num_hidden_layers} layers of {config.num_experts} experts")
+        with torch.device("meta"):
+            model = OLMoE(config).requires_grad_(False)
+        model.load_state_dict(headers, assign=True)
+        for _, name, _, stored_as in stored:
+            if stored_as not in DTYPES:
+                raise ValueError(f"{name} is stored as {stored_as}; only {', '.join(DTYPES)} are implemented")
+    if dtype == "auto":
+        small = device.type == "cpu" and sum(file.stat().st_size for file in {file for file, *_ in stored}) < SMALL
+        stored_as = next(stored_as for _, name, _, stored_as in stored if name in (EMBEDDING, HEAD))
+        kind = torch.float32 if small else DTYPES[stored_as]
+    model.load_state_dict(by_parameter(read_tensors(stored, device, kind), config), assign=True)
+    if config.tie_word_embeddings:
+        model.model.embed_tokens.weight = model.lm_head.weight
+    return speed_up(model) if fast else model
+
+
+def stored_tensors(source) -> tuple[Path, list[tuple[Path, str, list[int], str]]]:
+    """A model's folder, and (file, name, shape, dtype name) of each tensor in its safetensors or the index's shards."""
     source, folder = fetch(source, [SINGLE, INDEX])
-    shards = [SINGLE]
+    stored, shards = [], [SINGLE]
     if not os.path.lexists(folder / SINGLE):
         index = read_json(folder / INDEX)
         with using(folder / INDEX):
@@ -191,42 +214,25 @@ def load_weights(source, config: Config, device="auto", dtype="auto", fast: bool
                 if not re.fullmatch(r"[\w.-]+\.safetensors", name):
                     raise ValueError(f"it lists {name!r}, which is no safetensors file beside it")
         fetch(source, shards)
-    stored = []  # of each tensor: file, its opened form, name, shape, dtype's name
     for file in (folder / name for name in shards):
+        with using(file), safe_open(file, "pt") as opened:
+            tensors = [(name, opened.get_slice(name)) for name in opened.keys()]
+            stored += [(file, name, tensor.get_shape(), tensor.get_dtype()) for name, tensor in tensors]
+    return folder, [tensor for tensor in stored if not tensor[1].endswith("rotary_emb.inv_freq")]  # of old versions
+
+
+def read_tensors(stored: list, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The name and the values of each tensor that `stored_tensors` found."""
+    opened = {}
+    for file, name, *_ in tqdm(stored, desc="loading", unit="tensor", leave=False, delay=1, disable=None):
         with using(file):
-            opened = safe_open(file, "pt", backend="pread")  # the pages of a mapped file would stay in memory
-            for name in opened.keys():
-                if not name.endswith("rotary_emb.inv_freq"):  # which old versions kept
-                    part = opened.get_slice(name)
-                    stored.append((file, opened, name, part.get_shape(), part.get_dtype()))
-    with using(folder):
-        state = by_parameter(((name, torch.empty(shape, device="meta")) for _, _, name, shape, _ in stored), config)
-        if 3 * config.num_hidden_layers * config.num_experts > len(state):  # which would take long to lay out
-            raise ValueError(f"it has no weights for {config.num_hidden_layers} layers of {config.num_experts} experts")
-        with torch.device("meta"):
-            model = OLMoE(config).requires_grad_(False)
-        model.load_state_dict(state, assign=True)  # before a weight is read: what is missing, unexpected or misshapen
-        for *_, name, _, stored_as in stored:
-            if stored_as not in DTYPES:
-                raise ValueError(f"{name} is stored as {stored_as}; only {', '.join(DTYPES)} are implemented")
-    if dtype == "auto":
-        small = device.type == "cpu" and sum((folder / name).stat().st_size for name in shards) < SMALL
-        kind = next(DTYPES[stored_as] for *_, name, _, stored_as in stored if name in (EMBEDDING, HEAD))
-        kind = torch.float32 if small else kind
-
-    def read():
-        for file, opened, name, *_ in tqdm(stored, desc="loading", unit="tensor", leave=False, delay=1, disable=None):
-            with using(file):
-                tensor = opened.get_tensor(name).to(device, kind)
-                low, high = tensor.aminmax()
-                if not (low.isfinite() and high.isfinite()):
-                    raise ValueError(f"{name} has values that are not finite, or too large for {kind}")
-            yield name, tensor
-
-    model.load_state_dict(by_parameter(read(), config), assign=True)
-    if config.tie_word_embeddings:
-        model.model.embed_tokens.weight = model.lm_head.weight
-    return speed_up(model) if fast else model
+            if file not in opened:
+                opened[file] = safe_open(file, "pt", backend="pread")  # the pages of a mapped file would stay in memory
+            tensor = opened[file].get_tensor(name).to(device, dtype)
+            low, high = tensor.aminmax()  # of which one is not finite if any value is not
+            if not (low.isfinite() and high.isfinite()):
+                raise ValueError(f"{name} has values that are not finite, or too large for {dtype}")
+        yield name, tensor
 
 
 def by_parameter(tensors: Iterable[tuple[str, Tensor]], config: Config) -> dict[str, Tensor]:

@@ -254,7 +254,7 @@ def score(
 
 
 def as_ids(tokens, device: torch.device, least: int = 1, most: int | None = None) -> Tensor:
-    """The token ids of one text, [T] or [1, T], as a tensor [T]. Raises ValueError: anything else, too few, too many."""
+    """The ids of one text, [T] or [1, T], as a tensor [T]. Raises ValueError: something else, too few, too many."""
     ids = torch.as_tensor(tokens, device=device)
     ids = ids[0] if ids.dim() == 2 and len(ids) == 1 else ids
     if ids.dim() != 1 or len(ids) < least or ids.is_floating_point():

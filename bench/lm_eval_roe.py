@@ -135,7 +135,7 @@ class RoE(HFLM):
         progress, answers = tqdm(requests, disable=disable_tqdm or override_bs is not None), []
         for (texts, _, _), answer in zip(progress, scores):
             answers.append(answer)
-            if texts is not None:  # as those of windows are
+            if texts is not None:  # windows have none
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
         return answers
 

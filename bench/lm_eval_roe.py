@@ -20,13 +20,12 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
-from transformers import PretrainedConfig
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "ports")]
 import roe_transformers
 
 import roe
-from load import EMBEDDED, load, pick_device, read_tau
+from load import EMBEDDED, fetch_files, load, pick_device, read_json, read_tau
 
 # What lm-eval's `hf` takes that has to do with texts, and values of gen_kwargs that change nothing.
 TEXTS = {"revision", "tokenizer", "add_bos_token", "prefix_token_id"}
@@ -82,7 +81,7 @@ class RoE(HFLM):
         name = os.path.expanduser(options.pop("pretrained", None) or EMBEDDED)
         if "@" in name and not os.path.isdir(name):
             name, options["revision"] = name.split("@", 1)
-        config, _ = PretrainedConfig.get_config_dict(name, revision=options.get("revision"))
+        config = read_json(fetch_files(name, ["config.json"], options.get("revision")) / "config.json")
         return (cls if config.get("model_type") == "olmoe" else RoETransformers)(name, **options)
 
     # ---- The model: what RoETransformers does otherwise ----

@@ -29,6 +29,7 @@ from cache import BranchingCache, SharedCache
 from load import chat_prompt, describe, load_weights, pick_device, read_tau, read_text
 from model import Config, OLMoE, top_k
 
+NOT_FINITE = "the model's predictions are not finite: its weights are broken, or too large for its dtype"
 TAU = 0.2  # the default temperature; the paper finds values up to 0.5 useful, and larger ones always harmful
 
 
@@ -118,11 +119,7 @@ def run_rosters(model: OLMoE, tokens: Tensor, cache, rosters: int, tau: list[flo
                 return top_k(logits, c.num_experts_per_tok, c.norm_topk_prob)
             return stochastic_route(logits, noise[:, :, layer], c.num_experts_per_tok, weights, c.norm_topk_prob)
 
-    logits = model(tokens, cache, route)
-    low, high = logits.aminmax()  # of which one is not finite if any is not
-    if not (low.isfinite() and high.isfinite()):
-        raise ValueError("the model's predictions are not finite: its weights are broken, or too large for its dtype")
-    return logits.expand(rosters, -1, -1)  # still one row if no layer has noise
+    return model(tokens, cache, route).expand(rosters, -1, -1)  # still one row if no layer has noise
 
 
 @torch.inference_mode()
@@ -134,6 +131,8 @@ def predict(model: OLMoE, tokens, cache, rosters: int, tau, seed: int, weights: 
         cache: a `SharedCache` (the Clean Cache) or a `BranchingCache`; extended by the T tokens.
         tau, weights: see `temperatures` and `stochastic_route`.
         seed: of the noise, see `gumbel`.
+
+    Runs in inference mode: whoever continues the cache by `model(...)` does so, too.
 
     Raises ValueError: more tokens than the model's context, or than the cache, has room for; an unknown name.
     """
@@ -191,6 +190,8 @@ def generate(
         logits = predict(model, tokens, cache, rosters, tau, seed, weights)
         log_probs = aggregate(logits)
         token = choose(log_probs, temperature, top_p, seed, position)
+        if log_probs[token].isnan():  # what a softmax makes of infinite logits; -inf is a probability of 0
+            raise ValueError(NOT_FINITE)
         if token in config.eos_token_id:
             return
         if watch:
@@ -250,7 +251,10 @@ def score(
             if watch:
                 watch(logits, aggregate(logits), target, history)
             position += len(part)
-    return torch.cat(scores, 1)
+    scores = torch.cat(scores, 1)
+    if scores.isnan().any():
+        raise ValueError(NOT_FINITE)
+    return scores
 
 
 def as_ids(tokens, device: torch.device, least: int = 1, most: int | None = None) -> Tensor:
@@ -282,9 +286,10 @@ def number(kind: type, low: float, high: float = 10**9) -> Callable[[str], float
 def parse_arguments() -> argparse.Namespace:
     """The command line, checked as far as it can be without a model."""
     parser = argparse.ArgumentParser(description="Roster of Experts (arXiv 2509.17238).", epilog="[ ]: defaults.")
-    parser.error = fail
+    hint = "; write --prompt=TEXT for a text that begins with -"
+    parser.error = lambda message: fail(message + hint * ("--prompt: expected" in message))
     add = parser.add_argument_group("what to do").add_mutually_exclusive_group(required=True).add_argument
-    add("--prompt", metavar="TEXT", help="continue this text (--prompt=-x if it begins with -); - reads standard input")
+    add("--prompt", metavar="TEXT", help="continue this text; - reads it from standard input")
     add("--ppl", metavar="FILE", help="print the perplexity of a text file for every count in --rosters")
     add = parser.add_argument_group("the rosters").add_argument
     add("--rosters", type=number(int, 1, 1024), nargs="+", default=[4], help="per token; 1 is plain decoding [4]")
@@ -397,6 +402,10 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         fail(error)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        fail("there is not enough memory; give fewer --rosters, a shorter text, or --dtype bfloat16")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -25,8 +25,9 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.par
 import roe_transformers
 
 import roe
-from load import EMBEDDED, fetch_files, load, pick_device, read_json, read_tau
+from load import fetch, load, pick_device, read_json, read_tau
 
+EMBEDDED = Path(roe.__file__).parent / "tiny"
 # What lm-eval's `hf` takes that has to do with texts, and values of gen_kwargs that change nothing.
 TEXTS = {"revision", "tokenizer", "add_bos_token", "prefix_token_id"}
 TEXTS |= {"chat_template_args", "enable_thinking", "think_end_token"}
@@ -81,7 +82,8 @@ class RoE(HFLM):
         name = os.path.expanduser(options.pop("pretrained", None) or EMBEDDED)
         if "@" in name and not os.path.isdir(name):
             name, options["revision"] = name.split("@", 1)
-        config = read_json(fetch_files(name, ["config.json"], options.get("revision")) / "config.json")
+        source = f"{name}@{options['revision']}" if "revision" in options else name
+        config = read_json(fetch(source, ["config.json"])[1] / "config.json")
         return (cls if config.get("model_type") == "olmoe" else RoETransformers)(name, **options)
 
     # ---- The model: what RoETransformers does otherwise ----

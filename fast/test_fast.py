@@ -2,13 +2,29 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import roe
-from cache import SharedCache
+from cache import BranchingCache, SharedCache
+from fast import speed_up
 from fast.cpu import FastLinear, SortedExperts, attend, attend_in_blocks, attend_widely, packs_on, widens_on
 from fast.gpu import StackedExperts
 from load import load
-from test_roe import ATTEND, CLOSE, EXPERTS, SIZES, TAU, check_attend, check_experts, random_tokens, save
+from model import OLMoE
+from test_roe import (
+    ATTEND,
+    CLOSE,
+    EXPERTS,
+    SIZES,
+    SMALL,
+    TAU,
+    check_attend,
+    check_experts,
+    config_of,
+    random_tokens,
+    save,
+)
 
 
 def refuse(*_):
@@ -113,3 +129,24 @@ def test_attend(attend, sizes, dtype, atol):
 @torch.inference_mode()
 def test_experts(make, dtype, atol):
     check_experts(make, dtype, atol)
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch was built without CUDA")
+@pytest.mark.parametrize("fast", (False, True))
+def test_on_a_gpu_without_one(monkeypatch, fast):
+    """Tensors without values raise where an operation mixes devices: users' ids and noise come from the CPU."""
+    monkeypatch.setattr("fast.groups_on", lambda _: True)
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("cuda"):
+            model = OLMoE(config_of(SMALL)).requires_grad_(False)
+        torch.set_default_dtype(torch.float32)
+        for layer in [] if fast else model.model.layers:
+            layer.mlp.experts = StackedExperts(layer.mlp.experts)  # the plain ones loop over values, which are missing
+        if fast:
+            model = speed_up(model)
+        for cache in (SharedCache(model.config, 40), BranchingCache(model.config, 40, 4, 2, 1)):
+            logits = roe.predict(model, [1, 2, 3], cache, 4, TAU, 0)
+            assert logits.device.type == roe.aggregate(logits).device.type == "cuda" and logits.shape == (4, 304)
+        cache = SharedCache(model.config, 40)
+        assert roe.run_rosters(model, roe.as_ids(range(20), model.device)[None], cache, 4, TAU, 0, 0, "clean").is_cuda

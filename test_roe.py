@@ -1,7 +1,24 @@
 """Tests against independent oracles.
 
-The model against Hugging Face transformers; n rosters in one batch against n separate runs of transformers' model with
-the same noise in its routers; the routing against the closed-form Plackett-Luce distribution.
+What is guaranteed                                               which test shows it
+the model computes what Hugging Face transformers computes       test_model_equals_transformers, _embedded_model
+one batch of n rosters = n separate runs, for both caches        test_rosters_equal_separate_runs
+`score` with n gives in row m what `generate` with m chose from  test_scores_are_what_generate_chose_from
+the first m of n rosters are those of m                          the same; test_noise_is_gumbel_and_a_function_...
+a text that is cut and continued goes on as if it had not been   test_text_that_is_cut_goes_on_...
+noise counts on through the pieces of a long text                test_positions_count_on_...
+experts are drawn without replacement from softmax(R / tau)      test_selection_follows_plackett_luce
+mixing weights are those of one of the two readings              test_mixing_weights
+the average is that of probabilities, in float32                 test_probabilities_are_float32
+one row runs until the first noisy router                        test_one_row_until_the_first_noisy_router
+without noise n rosters are one                                  test_without_noise_rosters_equal_one_...
+the Clean Cache takes the memory of one sequence                 test_cache_bytes
+a full cache, or a full context, is an error                     test_full_caches_and_contexts
+gradients flow, and a new model learns                           test_a_new_model_learns
+checkpoints of all layouts load exactly; what does not fit       test_weights_load_exactly, _what_libraries_leave_...;
+    is refused                                                   test_bad_models, _bad_arguments
+the caller's torch changes no number                             test_the_callers_torch, test_threads
+pieces can be pasted into another model                          test_pieces_pasted_into_another_model
 
 Tolerances: float32 sums in another order differ by about 1e-6 of the largest term, which a few layers amplify; logits
 here are of order 1 to 10, so 1e-4 is far above the rounding and far below the effect of one wrong expert (about 1e-1).
@@ -9,6 +26,7 @@ here are of order 1 to 10, so 1e-4 is far above the rounding and far below the e
 
 import copy
 import dataclasses
+import hashlib
 import http.server
 import importlib.util
 import inspect
@@ -35,7 +53,7 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import DynamicCache, OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast, logging
+from transformers import AutoTokenizer, DynamicCache, OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast, logging
 
 import roe
 from cache import BranchingCache, SharedCache
@@ -224,6 +242,7 @@ LEFTOVERS = {
     "rope_scaling": {"rope_scaling": {"type": "default"}, "rope_parameters": None, "rope_theta": 50.0},
     "rope_parameters": {"rope_parameters": {"rope_type": "default", "type": "default", "rope_theta": 50.0}},
     "rope, as in 0924": {"rope_parameters": GONE, "rope_theta": 50, "rope_scaling": None, "rms_norm_eps": GONE},
+    "rope, said twice alike": {"rope_scaling": {"rope_theta": 50.0, "rope_type": "default"}},
     "a token that no text has": {},
 }
 
@@ -282,11 +301,25 @@ def test_a_new_model_learns():
 # ---- Noise and stochastic routing, against the closed form ----------------------------------------------------------
 
 
+GOLDEN = (
+    (0, 0, [0.52724791, 0.29701012]),
+    (12, 3, [-0.15631266, 1.98010182]),
+    (1, 23, [1.42223787, 1.16033947]),
+    (-5, -1, [1.31777430, 2.75644588]),
+    (2**40, 4095, [-1.03675330, 0.77509761]),
+)
+
+
 def test_noise_is_gumbel_and_a_function_of_seed_and_position():
     noise = roe.gumbel(3, 7, 5, 4, 8)
     assert noise.shape == (5, 4, 8) and noise.dtype == torch.float32 and noise.device.type == "cpu"
     assert torch.equal(noise[:3], roe.gumbel(np.int64(3), torch.tensor(7), torch.tensor(3), np.int64(4), 8))
     assert torch.equal(noise.flatten()[:7], roe.gumbel(3, 7, 7))
+    for seed, position, golden in GOLDEN:  # which the ports compute, too
+        assert roe.gumbel(seed, position, 2).tolist() == pytest.approx(golden, rel=1e-6)
+        digest = hashlib.shake_128(f"{seed} {position}".encode()).digest(8)
+        uniform = [(int.from_bytes(digest[i : i + 4], "little", signed=True) + 2**31 + 0.5) / 2**32 for i in (0, 4)]
+        assert golden == pytest.approx([-math.log(-math.log(u)) for u in uniform], rel=1e-6)
     seeds = [0, 1, 2, 3, 10, 70, 2**32, 2**32 + 1, 2**40, 2**63 - 1]
     draws = torch.stack([roe.gumbel(seed, p, 32) for seed in seeds for p in range(-100, 400)]).double()
     assert len(draws.unique(dim=0)) == len(draws) == 5000
@@ -473,17 +506,52 @@ def test_scores_follow_from_the_logits_watched(small, weights):
     assert not torch.equal(scores, roe.score(model, tokens, 3, TAU, weights=other))
 
 
-def test_pieces_can_be_pasted():
-    """Each into a file that begins with two lines of imports; no name of this project is needed."""
-    for pieces, use in (
-        ((roe.gumbel, roe.stochastic_route), "stochastic_route(torch.randn(1, 1, 8), gumbel(0, 0, 5, 1, 8), 2)"),
-        ((SharedCache,), "SharedCache(config, 5).update(0, *torch.randn(2, 3, 2, 1, 4))"),
-        ((attend,), "attend(*(torch.randn(s) for s in ((3, 4, 1, 8), *2 * [(1, 2, 6, 8)], *2 * [(3, 2, 1, 1, 8)])))"),
-        ((roe.aggregate,), "aggregate(torch.randn(4, 10))"),
-    ):
-        source = ["import hashlib, math, torch", "from torch import Tensor", *map(inspect.getsource, pieces), use]
-        config = SimpleNamespace(num_hidden_layers=1, num_key_value_heads=2, head_dim=4)
-        exec(compile("\n".join(source), "pasted.py", "exec"), {"config": config})
+def test_pieces_pasted_into_another_model():
+    """Under README's two lines of imports: a model of its own, whose rows are those of runs without any of them."""
+    pieces = (roe.gumbel, roe.stochastic_route, SharedCache, attend, roe.aggregate)
+    pasted = {}
+    exec("\n".join(["import hashlib, math, torch\nfrom torch import Tensor", *map(inspect.getsource, pieces)]), pasted)
+    torch.manual_seed(0)
+    n, L, E, k, d, H, Hk, D = 4, 3, 6, 2, 16, 4, 2, 8
+    Wq, Wk, Wv, Wo = (torch.randn(L, *shape) / 4 for shape in ((d, H * D), (d, Hk * D), (d, Hk * D), (H * D, d)))
+    router, experts = torch.randn(L, d, E) / 4, torch.randn(L, E, d, d) / 4
+    embedding, tokens, tau = torch.randn(30, d) / 2, [3, 1, 4, 1, 5, 9], torch.tensor([0.0, 1.0, 0.5])
+    heads = lambda x: x.unflatten(-1, (-1, D)).transpose(-3, -2)  # [..., T, heads * D] -> [..., heads, T, D]
+
+    def noise(position):
+        G = tau[:, None] * pasted["gumbel"](7, position, n, L, E)
+        G[0] = 0
+        return G
+
+    cache = pasted["SharedCache"](SimpleNamespace(num_hidden_layers=L, num_key_value_heads=Hk, head_dim=D), len(tokens))
+    for position, token in enumerate(tokens):
+        x = embedding[token].expand(1, 1, d)
+        for layer in range(L):
+            kv = cache.update(layer, heads(x @ Wk[layer]), heads(x @ Wv[layer]))
+            x = x + pasted["attend"](heads(x @ Wq[layer]), *kv).transpose(1, 2).flatten(2) @ Wo[layer]
+            G = noise(position)[:, None, layer]
+            weights, indices = pasted["stochastic_route"](x @ router[layer], G if tau[layer] else G[:1], k)
+            x = x + torch.einsum("ntk,ntkij,ntj->nti", weights, experts[layer][indices], x.expand(len(indices), -1, -1))
+        logits = (x @ embedding.T)[:, 0]
+    assert cache.length == len(tokens)
+
+    def run(row):  # all tokens at once: the clean ones, and the last one with this row's noise
+        x = embedding[tokens]
+        for layer in range(L):
+            q, keys, values = heads(x @ Wq[layer]), heads(x @ Wk[layer]), heads(x @ Wv[layer])
+            out = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
+            x = x + out.transpose(0, 1).flatten(1) @ Wo[layer]
+            noisy = x @ router[layer]
+            noisy[-1] += noise(len(tokens) - 1)[row, layer]
+            for t, probs in enumerate(noisy.softmax(-1)):
+                best = probs.argsort(descending=True)[:k]
+                x[t] = x[t] + sum(probs[e] * (experts[layer, e] @ x[t]) for e in best)
+        return x[-1] @ embedding.T
+
+    expected = torch.stack([run(row) for row in range(n)])
+    torch.testing.assert_close(logits, expected, **CLOSE)
+    assert (expected[1:] - expected[0]).abs().max() > 0.1
+    torch.testing.assert_close(pasted["aggregate"](logits), expected.softmax(-1).mean(0).log(), **CLOSE)
 
 
 @pytest.mark.parametrize("branching", [False, True])
@@ -538,6 +606,16 @@ def test_sampling_follows_temperature_and_top_p():
     assert frequencies(0.5, 0.6, 100)[1] == 1  # the temperature comes first: 0.5 becomes 0.685
     p = torch.tensor([0.5, 0.5])  # halves are exact
     assert 1 in frequencies(1.0, 0.5, 100)  # a set that has just this probability is large enough
+
+
+def test_a_sample_is_the_likeliest_token_with_noise(small):
+    """Its noise is that of a position which no token has, so that it has nothing to do with the rosters'."""
+    log_probs = torch.randn(304, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    for position in range(20):
+        noisy = log_probs / 0.7 + roe.gumbel(5, -1 - position, 304)
+        assert roe.choose(log_probs, 0.7, 1.0, 5, position) == noisy.argmax()
+    assert roe.choose(torch.tensor([0.1, 0.2, 0.7]).log(), 1.0, 1e-46, 0, 0) == 2  # less than a float32 can be
+    assert roe.choose(torch.tensor([0.1, 0.2, 0.7]).log(), 1e-300, 1.0, 0, 0) == 2
 
 
 def test_generation_ends(small, monkeypatch):
@@ -603,6 +681,38 @@ def test_threads(small, dtype):
     with ThreadPoolExecutor(4) as threads:
         assert list(threads.map(lambda seed: run(seed, lambda *_: step.wait(600)), range(4))) == alone
     assert seen == {before} == {switches()} and torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("fast", (False, True))
+@pytest.mark.parametrize("default", (torch.bfloat16, torch.float16, torch.float64, "meta"))
+def test_the_callers_torch(small, default, fast):
+    """Other defaults than float32 and the CPU change nothing, bit for bit."""
+
+    def results():
+        model, cache = load(small.path, "cpu", fast=fast)[0], SharedCache(small.model.config, 9)
+        sampled = {"temperature": 0.9, "top_p": 0.9, "max_new_tokens": 20}
+        texts = [generated(model, [1, 2, 3], 4, TAU, branching, **sampled) for branching in (False, True)]
+        return roe.predict(model, [1, 2, 3], cache, 4, TAU, 0), roe.score(model, range(40), 4, TAU), texts
+
+    expected = results()
+    set_default = torch.set_default_device if default == "meta" else torch.set_default_dtype
+    try:
+        set_default(default)
+        logits, scores, texts = results()
+    finally:
+        set_default(None if default == "meta" else torch.float32)
+    assert torch.equal(logits, expected[0]) and torch.equal(scores, expected[1]) and texts == expected[2]
+
+
+def test_one_text_of_whole_numbers(small):
+    run = lambda tokens: generated(small.model, tokens, 2, TAU, max_new_tokens=5)
+    assert run(torch.tensor([[1, 2, 3]])) == run(np.array([1, 2, 3], dtype=np.int32)) == run([1, 2, 3])
+    assert torch.equal(roe.score(small.model, torch.tensor([[1, 2, 3]]), 2), roe.score(small.model, [1, 2, 3], 2))
+    for tokens in ([1.7, 2.0], [[1, 2], [3, 4]], [], 5):
+        with pytest.raises(ValueError, match="give one text of at least"):
+            run(tokens)
+        with pytest.raises(ValueError, match="give one text of at least"):
+            roe.score(small.model, tokens, 2)
 
 
 def test_cache_bytes(small):
@@ -727,6 +837,42 @@ def test_streaming(embedded, stream):
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>"))
     tokenizer.decoder = tokenizers.decoders.Metaspace()
     assert stream(tokenizer, [1, 2, 2, 3]) == (["Hello", " world", " world"], "Hello world world.\n")
+
+
+def test_bytes_that_are_no_characters(stream):
+    """Where bytes are tokens of their own, as in Llama's tokenizers, and come out of order: no text is lost."""
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁Hello": 256, "▁world": 257}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], byte_fallback=True))
+    kinds = tokenizers.decoders
+    tokenizer.decoder = kinds.Sequence([kinds.Replace("▁", " "), kinds.ByteFallback(), kinds.Fuse()])
+    for seed in range(20):
+        ids = torch.randint(258, (40,), generator=torch.Generator().manual_seed(seed)).tolist()
+        text, expected = stream(tokenizer, ids)[1], tokenizer.decode(ids) + "\n"
+        assert len(text) == len(expected) and all(a == b or b == "\ufffd" for a, b in zip(text, expected))
+    ids = [256, *"日本🎉".encode(), 257]
+    assert stream(tokenizer, ids)[1] == " Hello日本🎉 world\n"
+
+
+def added(content, index):
+    special = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    return {"tokenizer_class": "GPTNeoXTokenizer", "added_tokens_decoder": {str(index): {"content": content} | special}}
+
+
+def test_what_tokenizer_config_adds(small, tmp_path):
+    """Tokens that tokenizer.json lacks, as transformers adds them; what it does otherwise is refused."""
+    (tmp_path / "tokenizer.json").write_bytes((small.path / "tokenizer.json").read_bytes())
+    config, text = tmp_path / "tokenizer_config.json", "a<|user|>b"
+    config.write_text(json.dumps(added("<|user|>", 256)))
+    ids = read_tokenizer(tmp_path).encode(text).ids
+    assert ids == AutoTokenizer.from_pretrained(tmp_path)(text).input_ids and 256 in ids and len(ids) == 3
+    for settings, sentence in (
+        (added("<|user|>", 300), "the token '<|user|>' cannot have the id 300"),
+        ({"add_prefix_space": True}, "add_prefix_space is not implemented"),
+        ({"added_tokens_decoder": {"x": {}}}, "tokenizer_config.json: invalid literal for int()"),
+    ):
+        config.write_text(json.dumps(settings))
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            read_tokenizer(tmp_path)
 
 
 # The chat template of the OLMoE Instruct models.
@@ -1040,6 +1186,52 @@ def test_default_temperatures(cli, small, tmp_path):
     refused(cli(*options, "--skip", 0), "--skip is for one --tau")
 
 
+def test_optimised_python_and_texts_that_begin_with_a_dash(cli):
+    refused(cli("--prompt", "-x"), "expected one argument; write --prompt=TEXT for a text that begins with -")
+    expected = cli("--prompt=-x", "--max-new-tokens", "3")
+    command = [sys.executable, "-OO", ROOT / "roe.py", "--prompt=-x", "--max-new-tokens", "3"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == expected[:2]
+
+
+def test_byte_order_marks_are_dropped(cli, tmp_path):
+    for name, text in (("with", "\ufeffimport os\n"), ("without", "import os\n")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert cli("--ppl", tmp_path / "with") == cli("--ppl", tmp_path / "without")
+
+
+def test_carriage_returns_are_said(cli, tmp_path):
+    (tmp_path / "\x1b[2J").write_bytes(b"a\r\nb")
+    status, _, err = cli("--ppl", tmp_path / "\x1b[2J")
+    assert status == 0 and "has carriage returns" in err and err[:-1].isprintable()
+
+
+def test_running_out_of_memory(cli, forced):
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")):
+        forced("a", "xx", end=error)
+        status, _, err = cli("--prompt", "x")
+        assert status == 2 and "there is not enough memory; give fewer --rosters" in err and err.count("\n") == 1
+    forced("a", "xx", end=RuntimeError("another one"))
+    with pytest.raises(RuntimeError, match="another one"):
+        cli("--prompt", "x")
+
+
+def test_a_pipe_that_is_not_ready():
+    """Non-blocking, and still empty when the program begins to read."""
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    command = [sys.executable, ROOT / "roe.py", "--prompt", "-", "--max-new-tokens", "3"]
+    with subprocess.Popen(command, stdin=reader, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        os.close(reader)
+        time.sleep(0.1)
+        for part in (b"class ", b"Stack:"):
+            os.write(writer, part)
+            time.sleep(0.1)
+        os.close(writer)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and out == b"\n            def __\n", err
+
+
 def test_as_a_program():
     """A fresh interpreter: text streams while it is generated, and Ctrl-C ends it without a traceback."""
     command = [sys.executable, ROOT / "roe.py", "--prompt", "import ", "--max-new-tokens", "400"]
@@ -1249,6 +1441,7 @@ BAD_MODELS = {
     "rope scaling": (config_with(rope_scaling={"type": "linear"}), ": type 'linear' is not implemented"),
     "rope type": (rope_with(rope_type="yarn"), "rope_type 'yarn' is not implemented"),
     "two ropes": (config_with(rope_scaling={"rope_type": "default"}, rope_parameters={"rope_type": "a"}), "type 'a'"),
+    "two ropes that differ": (config_with(rope_scaling={"rope_type": "default"}), "is not one object of rope_theta"),
     "rope factor": (rope_with(factor=4.0), "is not one object of rope_theta and rope_type"),
     "rope parameters not an object": (config_with(rope_parameters=[1]), "config.json cannot be used: AttributeError"),
     "partial rotary": (config_with(partial_rotary_factor=0.5), "partial_rotary_factor 0.5 is not implemented"),
@@ -1281,6 +1474,10 @@ BAD_MODELS = {
     "shard is a pickle": (lambda path: torch.save({}, path / SHARD), f"{SHARD} cannot be used: SafetensorError"),
     "index lists a pickle": (index_with(x="model.bin"), "model.bin', which is no safetensors file beside it"),
     "index points outside": (index_with(x="../x.safetensors"), "../x.safetensors', which is no safetensors file"),
+    "index points outside, by a name that begins well": (
+        index_with(x="a.safetensors/../../secret.bin"),
+        "secret.bin', which is no safetensors file",
+    ),
     "index lists no name": (index_with(x=[SHARD]), f"{INDEX} cannot be used: TypeError"),
     "index without a map": (file_with(INDEX, '{"weight_map": []}'), f"{INDEX} cannot be used: AttributeError"),
     "index lists a file of many lines": (index_with(x="\n.safetensors"), r"lists '\n.safetensors', which is no"),

@@ -58,7 +58,8 @@ def test_five_lines():
 
     import roe
 
-    E, L, n, k, tau, seed, position, layer = 16, 6, 4, 2, 0.5, 3, 7, 2
+    E, L, n, k, seed, position, layer = 16, 6, 4, 2, 3, 7, 2
+    tau = torch.tensor([0.0, 0.5, 0.5, 0.5, 0.5, 0.0])
     names = {name: value for name, value in locals().items() if name != "roe"} | {"gumbel": roe.gumbel}
     names["logits"], names["predictions"] = torch.randn(1, 1, E), torch.randn(n, 10)
     (block,) = [block for block in PYTHON if "predictions" in block]

@@ -1,4 +1,10 @@
-"""Faster on GPUs, where nothing may be read back from the device: it would have to be waited for."""
+"""Faster on GPUs, where every kernel costs microseconds, and a value that is read back costs a wait for the device.
+
+Kernels of a mixture with OLMoE-1B-7B's 64 experts, for one token and for 32 rosters that chose 29 experts, counted as
+operations that are no views: `StackedExperts` 14 and 14, nothing read back; `cpu.SortedExperts` 27 and 75, reading back
+which experts were chosen; the plain loop 108 and 381, reading back for each expert. All read the same weights. Without
+its kernel F.grouped_mm makes 2 more for each chosen expert, and reads back where all 64 end: no better than sorting.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -8,13 +14,13 @@ from model import Experts
 
 
 def groups_on(weight: Tensor) -> bool:
-    """Whether PyTorch has a kernel for grouped products; elsewhere it loops over all experts, chosen or not."""
+    """Whether PyTorch has a kernel for grouped products: bfloat16 on compute capability 9.0 and 10.0."""
     aligned = weight.dtype == torch.bfloat16 and not any(size % 8 for size in weight.shape)
     return weight.is_cuda and aligned and torch.cuda.get_device_capability(weight.device) in ((9, 0), (10, 0))
 
 
 class StackedExperts(nn.Module):
-    """`Experts`: two grouped products for all of them, and no value is read back from the device."""
+    """`Experts`: two grouped products for all of them."""
 
     def __init__(self, experts: Experts):
         super().__init__()

@@ -8,7 +8,8 @@ Both caches hand a layer's attention these two, and differ only in what they kee
     branching     the prompt but its last token         its continuation so far, kept
 
 `length` is the number of positions stored so far. Each layer writes there, and the last one moves it on; setting it
-back forgets. All memory is allocated when the first keys come, whose dtype and device it takes.
+back (with the branching cache, not into the prompt) forgets. All memory is allocated when the first keys come, whose
+dtype and device it takes.
 
 Shapes: n rows, Hk key-value heads of size D, T new positions.
 """
@@ -32,8 +33,8 @@ class SharedCache:
         """Stores row 0 of k and v [n, Hk, T, D]; returns what the n * T queries of this layer attend to.
 
         Returns:
-            shared_k, shared_v [1, Hk, S, D] and own_k, own_v [n, Hk, T, C, D], as `model.attend` draws them: for n rows
-            C is 1, each query's own position; for one row 0, since its own are among the shared.
+            shared_k, shared_v [1, Hk, S, D] and own_k, own_v [n, Hk, T, C, D], see `model.attend`. With n > 1 rows C is
+            1, the query's own position. With a single row C is 0: its positions are among the shared.
 
         Raises ValueError: the cache is full.
         """
@@ -52,21 +53,21 @@ class SharedCache:
         own_k, own_v = k.unsqueeze(3), v.unsqueeze(3)
         if len(k) == 1:
             return self.k[layer, :, :, :end], self.v[layer, :, :, :end], own_k[:, :, :, :0], own_v[:, :, :, :0]
-        # Query i sees the positions before its own, which are all but the last for the last query, and its row's own.
+        # The last query sees the shared positions up to end - 2. Its own one, end - 1, each row has for itself.
         return self.k[layer, :, :, : end - 1], self.v[layer, :, :, : end - 1], own_k, own_v
 
 
 class BranchingCache:
     """The standard cache that the paper compares with: every roster keeps a history of its own (section 2.3).
 
-    Until a layer's router has noise all rosters are the same, and one row holds the whole sequence. The first noisy
-    layer still counts: its attention comes before its router.
+    Until a layer's router has noise all rosters are the same, and one row holds the whole sequence. So it does in the
+    first noisy layer itself: its attention comes before its router.
 
     Args:
         config, max_len: the model's `Config`, and the most positions to be stored.
         rosters: n, the rows to be kept in the layers after that.
-        prompt_len: positions at the start that are shared by all rosters: the prompt but its last token, which is the
-            first that rosters predict from.
+        prompt_len: positions at the start that are shared by all rosters: len(prompt) - 1, since the last token of the
+            prompt is the first that rosters predict from.
         first_noisy: index of the first layer with tau > 0; None: there is none.
     """
 
@@ -84,6 +85,8 @@ class BranchingCache:
         """Stores all rows of k and v [n, Hk, T, D]; returns what the queries attend to, as `SharedCache` does.
 
         With n > 1 rows T is 1, and own_k, own_v are [n, Hk, 1, C, D]: a roster's continuation of C positions.
+
+        Raises ValueError: the cache is full; n rows come before the prompt is complete, or more than one token of them.
         """
         if not self.layers:
             for shared, own in self.shapes:
@@ -94,6 +97,8 @@ class BranchingCache:
         kept_k, kept_v = (shared_k, shared_v) if alone else (own_k, own_v)
         start = self.length if alone else self.length - self.prompt_len
         end, room = start + k.shape[2], kept_k.shape[2]
+        if start < 0 or not alone and k.shape[2] > 1:
+            raise ValueError(f"rosters branch token by token, after {self.prompt_len} positions of the prompt")
         if end > room:
             raise ValueError(f"the cache is full: layer {layer} has room for {room} positions, not {end}")
         kept_k[:, :, start:end] = k

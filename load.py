@@ -2,7 +2,7 @@
 
 They come from a directory, from the Hugging Face hub, or from `tiny/`, the model embedded in this repository. All of it
 is checked before the first weight is read; on the hub, what can be is checked before weights are fetched. What would be
-silently wrong is refused by name. Whatever else can be wrong with a file fails where it fails, and `using` names it.
+silently wrong is refused by name. Other errors are wrapped by `using`, which adds the name of the file.
 """
 
 import json
@@ -52,8 +52,8 @@ def load(source=None, device="auto", dtype="auto", fast: bool = True) -> tuple[O
         device: "cpu", "cuda", "cuda:1" ...; "auto": a GPU if there is one.
         dtype: "bfloat16", "float16" or "float32"; "auto": as the weights are stored, but on CPUs float32 for a model
             of less than 64 MB, whose small matrices they multiply faster in it.
-        fast: with what the folder fast/ does, if it is there: for inference only, and where and as it is. False: the
-            plain model, which can be moved, converted, copied and trained.
+        fast: with what the folder fast/ does, if it is there: for inference only; it cannot be moved, converted, copied
+            or trained afterwards. False: the plain model, which can.
 
     Raises FileNotFoundError: a file, a directory or a hub id that is not there or cannot be read; ValueError: a file
     that is broken or asks for what is not implemented, tensors that do not fit, an unknown device or dtype.
@@ -100,7 +100,7 @@ def using(what: object, hint: str = HINT) -> Iterator[None]:
     except OSError as error:
         raise FileNotFoundError(f"{what} cannot be used: {error.strerror or error}; {hint}") from error
     except Exception as error:
-        if type(error) is ValueError:  # our own, which says what is refused
+        if type(error) is ValueError:  # our own, which says what is refused; json's is a subclass
             raise ValueError(f"{what}: {error}") from error
         raise ValueError(f"{what} cannot be used: {type(error).__name__}: {error}; {hint}") from error
 
@@ -116,7 +116,8 @@ def read_json(file: Path, kind: type = dict, hint: str = HINT) -> dict | list:
 
 def read_config(folder: Path) -> Config:
     """config.json as a `Config`. What it asks for beyond OLMoE as published is refused by name."""
-    raw, ends = {"model_type": None} | read_json(folder / "config.json"), folder / "generation_config.json"
+    raw = {"model_type": None} | read_json(folder / "config.json")  # to be refused where it is missing, too
+    ends = folder / "generation_config.json"
     eos = read_json(ends).get("eos_token_id") if ends.exists() else None
     eos = raw.get("eos_token_id") if eos is None else eos  # as in transformers, the other file comes first
     eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
@@ -135,7 +136,7 @@ def read_config(folder: Path) -> Config:
         values = {}
         for field in fields(Config):
             value = raw.get(field.name, field.default)
-            if field.type in BOUNDS and value is not field.default:
+            if field.type in BOUNDS and value is not field.default:  # a size that is missing, `Config` names
                 low, high = BOUNDS[field.type]
                 kind = float if isinstance(low, float) and type(value) is int else type(value)  # 8 is a float, too
                 if kind is not type(low) or not low <= value <= high:
@@ -184,7 +185,7 @@ def load_weights(source, config: Config, device="auto", dtype="auto", fast: bool
     folder, stored = stored_tensors(source)
     with using(folder):  # before a weight is read: what is missing, unexpected or of the wrong shape
         headers = by_parameter(((name, torch.empty(shape, device="meta")) for _, name, shape, _ in stored), config)
-        if 3 * config.num_hidden_layers * config.num_experts > len(headers):  # which would take long to lay out
+        if 3 * config.num_hidden_layers * config.num_experts > len(headers):  # would take ages to lay out
             raise ValueError(f"it has no weights for {config.num_hidden_layers} layers of {config.num_experts} experts")
         with torch.device("meta"):
             model = OLMoE(config).requires_grad_(False)

@@ -46,7 +46,7 @@ class OLMoE(nn.Module):
         self.config = config
         d, V = config.hidden_size, config.vocab_size
         self.lm_head = nn.Linear(d, V, bias=False)
-        # Drawn as the head is: N(0, 1), as nn.Embedding draws, is too large for a head that shares the weights.
+        # With nn.Linear's initial values: nn.Embedding's, N(0, 1), would make the logits of a tied head too large.
         embedding = nn.Embedding.from_pretrained(nn.Linear(d, V, bias=False).weight, freeze=False)
         if config.tie_word_embeddings:
             embedding.weight = self.lm_head.weight
@@ -60,10 +60,10 @@ class OLMoE(nn.Module):
     def forward(self, tokens: Tensor, cache=None, route: Callable | None = None) -> Tensor:
         """Predicts the next token at every position: ids [n, T] -> logits [rows, T, V], rows as the last route made.
 
-        With a cache of `cache.py` one row comes in, whose tokens follow those that the cache holds. Without one, every
-        row is a sequence. route(layer, router logits [n, T, E]) -> weights, indices [n or more, T, k]: `top_k`.
+        With a cache of `cache.py` n is 1: the tokens of one text, which follow those that the cache holds. Without one,
+        every row is a sequence. route(layer, router logits [n, T, E]) -> weights, indices [n or more, T, k]: `top_k`.
 
-        Raises ValueError: more tokens than the model's context has room for.
+        Raises ValueError: more tokens than the model's context has room for, or several texts and a cache.
         """
         return self.lm_head(self.model.norm(self.hidden(tokens, cache, route)))
 
@@ -73,6 +73,8 @@ class OLMoE(nn.Module):
         end = start + tokens.shape[1]
         if end > config.max_position_embeddings:
             raise ValueError(f"{end} tokens are more than the model's context of {config.max_position_embeddings}")
+        if cache and len(tokens) > 1:
+            raise ValueError(f"a cache holds one text, not {len(tokens)}")
         if route is None:
             route = lambda _, logits: top_k(logits, config.num_experts_per_tok, config.norm_topk_prob)
         pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=self.device)
@@ -95,7 +97,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache, route: Callable) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
-        return x + self.mlp(self.post_attention_layernorm(x), route)  # one row plus n rows, where the path branches
+        return x + self.mlp(self.post_attention_layernorm(x), route)  # where the path branches, [1, T, d] + [n, T, d]
 
 
 class Attention(nn.Module):
@@ -134,7 +136,8 @@ def attend(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: 
         shared_k, shared_v: [1, Hk, S, D], read once for all rows and not copied.
         own_k, own_v: [n, Hk, T, C, D], C positions for each query.
 
-    What T = 3 queries see (x) after a history of 4 positions:
+    With n rows a query's own position is not among the shared, which are row 0's. What T = 3 queries see (x) after a
+    history of 4 positions:
         n rows, S = 6, C = 1     shared    own        one row, S = 7, C = 0     shared
         first query            x x x x . .  x         first query            x x x x x . .
         second                 x x x x x .  x         second                 x x x x x x .
@@ -144,7 +147,7 @@ def attend(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: 
     q = q.unflatten(1, (Hk, -1)) * D**-0.5  # [n, Hk, g, T, D]: g query heads share a key-value head
     shared = torch.einsum("nhgtd,hsd->nhgts", q, shared_k[0])
     own = torch.einsum("nhgtd,nhtcd->nhgtc", q, own_k)
-    later = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)  # query i sees S - T + 1 + i
+    later = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)  # query i sees the first S - T + 1 + i
     scores = torch.cat((shared.masked_fill(later, -torch.inf), own), -1)
     of_shared, of_own = scores.softmax(-1).split((S, C), -1)
     out = torch.einsum("nhgts,hsd->nhgtd", of_shared, shared_v[0])
@@ -192,8 +195,9 @@ def top_k(logits: Tensor, k: int, normalize: bool = False) -> tuple[Tensor, Tens
 
     Router logits R [..., E] -> weights [..., k] in float32, which `normalize` scales to sum to 1, and indices [..., k].
     """
+    logits = logits.float()
     indices = logits.topk(k).indices
-    weights = logits.softmax(-1, dtype=torch.float32).gather(-1, indices)
+    weights = logits.softmax(-1).gather(-1, indices)
     return weights / weights.sum(-1, keepdim=True) if normalize else weights, indices
 
 

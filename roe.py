@@ -1,8 +1,8 @@
 """Roster of Experts: hyper-parallel scaling for mixture-of-experts language models (arXiv 2509.17238).
 
 A router sends each token to its top k of E experts and leaves the others idle. RoE adds Gumbel noise to the router's
-logits, runs n such rosters of experts for the same token as n rows of one batch, and averages the n predictions.
-Row 0 is the clean path: its routing never gets noise.
+logits, so that other experts are chosen. A roster is what one draw of noise for all layers chooses: one row of a batch
+that runs n of them for the same token. The n predictions are averaged. Row 0 is the clean path: it never gets noise.
 
 Section and equation numbers are the paper's. Shapes: n rosters, T positions, L layers, E experts, k experts per token,
 V tokens in the vocabulary.
@@ -39,8 +39,8 @@ TAU = 0.2  # the default temperature; the paper finds values up to 0.5 useful, a
 def gumbel(seed: int, position: int, *shape: int) -> Tensor:
     """The noise of a token: i.i.d. Gumbel(0, 1) of any shape, for rosters [n, L, E]; float32, on the CPU.
 
-    It is a hash of the seed and of the token's position in its text, and depends on nothing else. A shorter hash begins
-    a longer one, so that the noise of m rosters is that of the first m of n. All noise comes from here.
+    Its bytes are the endless SHAKE-128 stream of the seed and of the token's position in its text. Fewer rosters read
+    less of it, so that the noise of m rosters is that of the first m of n. All noise comes from here.
     """
     digest = hashlib.shake_128(f"{seed:d} {position:d}".encode()).digest(4 * math.prod(shape))
     uniform = (torch.frombuffer(bytearray(digest), dtype=torch.int32).double() + 2**31 + 0.5) / 2**32  # never 0 or 1
@@ -54,14 +54,14 @@ def stochastic_route(logits: Tensor, noise: Tensor, k: int, weights: str = "pert
 
     Args:
         logits: router logits R [n, T, E], or [1, T, E] as long as all rosters are the same.
-        noise: tau G [n, T, E], of which row 0 is 0: the clean path.
-        weights: equation 1 says which experts run; what mixes their outputs the paper leaves open. "perturbed": the
-            softmax of R + tau G. "clean": that of R, so that noise decides only which experts run.
+        noise: tau G [n, T, E], already multiplied, and 0 in row 0.
+        weights: what mixes the chosen experts' outputs. "perturbed": the softmax of R + tau G over all E. "clean": that
+            of R. Equation 1 says only which experts run; the paper leaves the mixing open.
         normalize: scale the k weights of a token to sum to 1 (OLMoE's norm_topk_prob).
 
     Returns: the mixing weights [n, T, k] in float32, and the experts' indices [n, T, k].
     """
-    noisy = logits.float() + noise  # where one row comes in, n go out: the path branches
+    noisy = logits.float() + noise  # [1 or n, T, E] + [n, T, E]: here one row becomes n, the path branches
     indices = noisy.topk(k).indices
     mixing = {"perturbed": noisy, "clean": logits.float().expand_as(noisy)}[weights]
     probs = mixing.softmax(-1).gather(-1, indices)
@@ -75,9 +75,9 @@ def temperatures(config: Config, tau: float | Sequence[float] | None = None, ski
     """One routing temperature per layer, of which 0 is plain top-k routing.
 
     Args:
-        tau: one value per layer, or a number for all layers but the first and last `skip`, which get 0. None: the
-            model's own values (`config.tau`), or 0.2 if it has none.
-        skip: the paper's L, which in this file is the number of layers.
+        tau: one value per layer, or a number for all but the first and last layers. None: the model's own values
+            (`config.tau`), or 0.2 if it has none.
+        skip: how many layers at each end get 0 for a number. (The paper calls this L, which here is all layers.)
 
     Raises ValueError: a value that is not from 0 to 100, or not one per layer.
     """
@@ -101,12 +101,13 @@ def temperatures(config: Config, tau: float | Sequence[float] | None = None, ski
 def run_rosters(model: OLMoE, tokens: Tensor, cache, rosters: int, tau: list[float], seed: int, position: int, weights):
     """n predictions at each of T tokens in one forward pass: ids [1, T] -> logits [n, T, V].
 
-    All rosters are the same until the first layer with noise, and one row runs for them; its route makes n of it.
+    All rosters are the same until the first layer with noise, and one row runs for them; its router returns n rows.
     `position` is that of the first of the tokens in its text. For the other arguments see `predict`.
     """
     if rosters < 1 or weights not in ("perturbed", "clean"):
         raise ValueError(f"rosters must be 1 or more, and weights perturbed or clean, not {rosters} and {weights!r}")
-    c, route = model.config, None  # plain routing, which is all that one roster needs
+    c = model.config
+    route = None  # plain routing, which is all that one roster needs
     if rosters > 1 and any(tau):
         positions = range(position, position + tokens.shape[1])
         noise = torch.stack([gumbel(seed, p, rosters, c.num_hidden_layers, c.num_experts) for p in positions], 1)
@@ -115,7 +116,7 @@ def run_rosters(model: OLMoE, tokens: Tensor, cache, rosters: int, tau: list[flo
         noise = noise.to(model.device)
 
         def route(layer: int, logits: Tensor) -> tuple[Tensor, Tensor]:
-            if tau[layer] == 0:
+            if tau[layer] == 0:  # and one row stays one
                 return top_k(logits, c.num_experts_per_tok, c.norm_topk_prob)
             return stochastic_route(logits, noise[:, :, layer], c.num_experts_per_tok, weights, c.norm_topk_prob)
 
@@ -139,7 +140,8 @@ def predict(model: OLMoE, tokens, cache, rosters: int, tau, seed: int, weights: 
     tokens, tau = as_ids(tokens, model.device)[None], temperatures(model.config, tau)
     if tokens.shape[1] > 1:
         model.hidden(tokens[:, :-1], cache)
-    return run_rosters(model, tokens[:, -1:], cache, rosters, tau, seed, cache.length, weights)[:, 0]
+    position = cache.length  # of the last token, since all before it are in the cache now
+    return run_rosters(model, tokens[:, -1:], cache, rosters, tau, seed, position, weights)[:, 0]
 
 
 # ---- 3.1 Aggregation ------------------------------------------------------------------------------------------------
@@ -186,7 +188,7 @@ def generate(
         cache = BranchingCache(config, max_len, rosters, len(tokens) - 1, first_noisy)
     else:
         cache = SharedCache(config, max_len)
-    for position in range(len(tokens) - 1, max_len):  # of the token that is read last and predicted from
+    for position in range(len(tokens) - 1, max_len):  # of the last token that is read; the next one is predicted
         logits = predict(model, tokens, cache, rosters, tau, seed, weights)
         log_probs = aggregate(logits)
         token = choose(log_probs, temperature, top_p, seed, position)
@@ -208,7 +210,7 @@ def choose(log_probs: Tensor, temperature: float, top_p: float, seed: int, posit
             probs, ids = log_probs.softmax(-1).sort(descending=True)
             before = probs.cumsum(-1) - probs  # the probability of all that are likelier
             log_probs[ids[1:][before[1:] >= top_p]] = -math.inf
-        # It is drawn as experts are, by adding Gumbel noise: that of a position which no token has.
+        # It is drawn as experts are, by adding Gumbel noise: that of a position below 0, which no token has.
         log_probs += gumbel(seed, -1 - position, len(log_probs)).to(log_probs.device)
     return log_probs.argmax().item()
 
@@ -224,11 +226,11 @@ def score(
     cache: SharedCache | None = None,  # holds what comes before tokens[0], and has room for T - 1 more
     watch: Callable | None = None,
 ) -> Tensor:
-    """Log-probability of every token of a text under 1, 2, ..., n rosters (section 2.2, validation perplexity).
+    """Log-probability of every token but the first under 1, 2, ..., n rosters (section 2.2, validation perplexity).
 
-    With the Clean Cache a token's noise reaches no other token. A forward pass over T tokens with n rows is therefore
-    the same as decoding token by token: row r at position t sees the clean history and itself. `watch` is called as
-    watch(logits [n, t, V], log_probs [t, V], tokens [t], cache) for every t tokens of the text.
+    The Clean Cache keeps row 0 alone, which has no noise. So a token's noise reaches no other token, and one pass over
+    T tokens with n rows computes what decoding does: row r at position t sees the clean keys and values before t, and
+    its own at t. `watch` is called as watch(logits [n, t, V], log_probs [t, V], tokens [t], cache) for every t tokens.
 
     Returns:
         log-probabilities [n, T - 1] in float32; row m - 1 is what `generate` with m rosters gives to tokens[1:].
@@ -240,7 +242,7 @@ def score(
     tokens = as_ids(tokens, model.device, least=2)
     counts = torch.arange(1, rosters + 1, dtype=torch.float32, device=model.device)[:, None]
     chunk = max(1, 512 // max(1, int(rosters)))  # bounds the rows times positions, and with them the memory
-    position = cache.length if cache else 0  # in the text: noise counts on where a piece begins anew
+    position = cache.length if cache else 0  # in the text: noise counts on through the pieces, each with a new cache
     scores = []
     for piece, targets in zip(*(ids.split(config.max_position_embeddings) for ids in (tokens[:-1], tokens[1:]))):
         history = cache or SharedCache(config, len(piece))
@@ -389,7 +391,10 @@ def main() -> None:
         source, folder, config, tokenizer = describe(args.model)
         if args.skip != 1 and (isinstance(tau, list) or tau is None and config.tau):
             raise ValueError("--skip is for one --tau; a file of temperatures says what every layer gets")
-        tau, text = temperatures(config, tau, args.skip), chat_prompt(folder, text) if args.chat else text
+        tau = temperatures(config, tau, args.skip)
+        if args.skip != 1 and not any(tau):
+            raise ValueError("--skip leaves no layer with noise; give fewer")
+        text = chat_prompt(folder, text) if args.chat else text
         tokens = tokenizer.encode(text, add_special_tokens=not args.chat).ids
         if max(tokens, default=0) >= config.vocab_size:
             raise ValueError(f"the text has the token id {max(tokens)}, but vocab_size is only {config.vocab_size}")
@@ -397,7 +402,10 @@ def main() -> None:
         if args.prompt is None and "\r" in text:
             print(f"{args.ppl!r} has carriage returns, as on Windows; they are scored as they are", file=sys.stderr)
         model = load_weights(source, config, device, args.dtype)
-        (print_generation if args.ppl is None else print_perplexity)(args, model, tokenizer, tokens, tau)
+        if args.ppl is None:
+            print_generation(args, model, tokenizer, tokens, tau)
+        else:
+            print_perplexity(args, model, tokenizer, tokens, tau)
     except BrokenPipeError:  # the reader has seen enough, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:

@@ -1184,6 +1184,7 @@ def test_default_temperatures(cli, small, tmp_path):
     assert cli(*options)[1] == cli(*options, "--tau", tmp_path / "tau.json")[1] == text
     assert cli(*options, "--tau", 0.9)[1] != text
     refused(cli(*options, "--skip", 0), "--skip is for one --tau")
+    refused(cli(*options, "--tau", 0.5, "--skip", 2), "--skip leaves no layer with noise")
 
 
 def test_optimised_python_and_texts_that_begin_with_a_dash(cli):
@@ -1377,6 +1378,21 @@ def test_full_caches_and_contexts(small):
     assert roe.score(model, [1, 2], 2, cache=copy.deepcopy(history)).shape == (2, 1)
     with pytest.raises(ValueError, match="more than the model's context of 128"):
         roe.score(model, [1, 2, 3], 2, cache=history)
+
+
+def test_what_a_cache_cannot_hold(small):
+    """What would be wrong in silence: several texts, rosters before the prompt is complete, several of their tokens."""
+    model = small.model
+    with pytest.raises(ValueError, match="a cache holds one text, not 2"):
+        model(torch.tensor([[1, 2], [3, 4]]), SharedCache(model.config, 9))
+    for prompt_len, length in ((3, None), (2, 1)):
+        cache = BranchingCache(model.config, 9, 3, prompt_len, 1)
+        with pytest.raises(ValueError, match="rosters branch token by token, after"):
+            roe.predict(model, [1, 2, 3], cache, 3, TAU, 0)
+            cache.length = length
+            roe.predict(model, [4], cache, 3, TAU, 0)
+    with pytest.raises(ValueError, match="rosters branch token by token, after 0 positions"):
+        roe.score(model, [1, 2, 3], 3, TAU, cache=BranchingCache(model.config, 9, 3, 0, 1))
 
 
 SHARD, OTHER_SHARD = "model-00002-of-00003.safetensors", "model-00001-of-00003.safetensors"

@@ -20,6 +20,7 @@ import math
 import os
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -28,21 +29,31 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LogitsProcessor, TextStreamer
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.distributed import DistributedConfig
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
 from transformers.utils import cached_file
 
 TAU, WEIGHTS = 0.2, "perturbed"  # the defaults; "clean" is the letter of equation 1
 CHOICES = torch.return_types.topk, torch.return_types.max
+ATTENTION = {"sdpa": "roe_sdpa", "eager": "roe_eager"}  # the names of functions that take a mask, and of ours
 
 
-def gumbel(seed: int, position: int, rosters: int, layers: int, experts: int) -> Tensor:
-    """The noise of a token: i.i.d. Gumbel(0, 1), G [rosters - 1, layers, experts], float32, on the CPU.
+def gumbel(seed: int, position: int, *shape: int) -> Tensor:
+    """The noise of a token: i.i.d. Gumbel(0, 1) of any shape, for rosters [n, L, E]; float32, on the CPU.
 
-    It is a hash of the seed and of the token's position in its text, and depends on nothing else. Rosters come first,
-    and a shorter hash begins a longer one, so that those of m rosters are the first of n. All noise comes from here.
+    It is a hash of the seed and of the token's position in its text, and depends on nothing else. A shorter hash begins
+    a longer one, so that the noise of m rosters is that of the first m of n. All noise comes from here.
     """
-    digest = hashlib.shake_128(f"{seed:d} {position:d}".encode()).digest(4 * rosters * layers * experts)
+    digest = hashlib.shake_128(f"{seed:d} {position:d}".encode()).digest(4 * math.prod(shape))
     uniform = (torch.frombuffer(bytearray(digest), dtype=torch.int32).double() + 2**31 + 0.5) / 2**32  # never 0 or 1
-    return -(-uniform.log()).log().float().view(rosters, layers, experts)[1:]  # the clean one has none
+    return -(-uniform.log()).log().float().view(shape)
+
+
+def roster_noise(*args):
+    """`gumbel` for rosters [n, L, E], of which row 0, the clean path, has none."""
+    noise = gumbel(*args)
+    noise[0] = 0
+    return noise
 
 
 class NoisyForward(TorchFunctionMode):
@@ -69,7 +80,7 @@ class NoisyForward(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         if self.logits is None and func in (torch.nn.functional.linear, torch.mm, torch.matmul):
             out = out if self.kind == "Llama4Router" else out.float()  # whose experts multiply by what it makes of them
-            self.logits = out.view(self.roe.rows, -1, out.shape[-1])[1:, -1]
+            self.logits = out.view(self.roe.rows, -1, out.shape[-1])[:, -1]
             if self.roe.noise is None:  # it is drawn once for all routers
                 self.roe.noise = self.roe.draw(out.shape[-1]).to(out.device)
             self.logits += self.tau * self.roe.noise[:, self.layer].to(out.device)
@@ -127,13 +138,19 @@ def add_roe(model, rosters, tau=None, skip=1, seed=0, weights=WEIGHTS):
         known = history is None or isinstance(history, CleanCache)  # another one would keep the rosters' history
         if roe.rows > 1 and not (roe.rows == rosters and known and (x == x[:1]).all()):
             raise ValueError(f"a batch must have one row, or {rosters} equal ones and a CleanCache for the rosters")
+        if history is not None:
+            history.folds = x.shape[1] == 1 and all(c._attn_implementation in ATTENTION.values() for c in configs)
         position = (history.get_seq_length() if history else 0) + x.shape[1] - 1  # of the last token, in its text
-        roe.draw = lambda experts: gumbel(roe.seed, position, rosters, L, experts)
+        roe.draw = lambda experts: roster_noise(roe.seed, position, rosters, L, experts)
 
     def after(*_):
         if roe.rows > 1 and roe.ran != len(noisy):
             raise ValueError(f"{kind} used {roe.ran} of {len(noisy)} noisy routers; RoE cannot steer the others")
 
+    configs = [m.config for m in {id(m.config): m for m in modules.values() if hasattr(m, "config")}.values()]
+    for config in configs:
+        if model._can_set_attn_implementation() and config._attn_implementation in ATTENTION:
+            config._attn_implementation_internal = ATTENTION[config._attn_implementation]
     hooks = [model.base_model.register_forward_pre_hook(before, with_kwargs=True)]
     roe.undo = [hook.remove for hook in (*hooks, model.base_model.register_forward_hook(after))]
     for i in noisy:
@@ -144,17 +161,61 @@ def add_roe(model, rosters, tau=None, skip=1, seed=0, weights=WEIGHTS):
 
 def remove_roe(model):
     """Undoes `add_roe`; does nothing to a model without it."""
+    for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
+        config._attn_implementation_internal = str(config._attn_implementation).removeprefix("roe_")
     for undo in vars(model).pop("roe", SimpleNamespace(undo=())).undo:
         undo()
 
 
 class CleanCache(DynamicCache):
-    """The Clean Cache (section 2.3): keeps row 0, and hands every row the clean history with its own current tokens."""
+    """The Clean Cache (section 2.3): keeps row 0, and hands every row the clean history with its own current tokens.
 
-    def update(self, key_states, value_states, *args, **kwargs):  # of T new positions, [n, heads, T, D]
-        clean, (n, _, T, _) = super().update(key_states[:1], value_states[:1], *args, **kwargs), key_states.shape
+    While it `folds`, n rows of one token each get one row: the history, followed by the n own positions."""
+
+    folds = False
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):  # of T new positions, [n, heads, T, D]
+        n, _, T, _ = key_states.shape
+        if n > 1 and self.folds:
+            own = key_states.transpose(0, 2), value_states.transpose(0, 2)
+            layer, full = self.layers[layer_idx], super().update(*own, layer_idx, *args, **kwargs)
+            layer.keys, layer.values = (kept[:, :, : 1 - n] for kept in full)  # up to row 0's own
+            if layer.is_sliding:
+                layer.cumulative_length -= n - 1
+                window = slice(max(0, layer.keys.shape[2] + 1 - layer.sliding_window), None)
+                layer.keys, layer.values = layer.keys[:, :, window], layer.values[:, :, window]
+            return full
+        clean = super().update(key_states[:1], value_states[:1], layer_idx, *args, **kwargs)
         rows = [kept[:, :, : kept.shape[2] - T].expand(n, -1, -1, -1) for kept in clean]
         return clean if n == 1 else (torch.cat((rows[0], key_states), 2), torch.cat((rows[1], value_states), 2))
+
+
+def attend(name, module, query, key, value, attention_mask, *args, **kwargs):
+    """A model's own attention function, by its name; n rows of one query each are one row of n queries to it.
+
+    query [n, H, 1, D]; key, value [1, Hk, S + n, D], as `CleanCache` folds them: each row sees the history, as far as
+    the mask of row 0 lets it, and of the n positions its own. Returns [n, 1, H, D], and eager the weights as ever."""
+    own = next(m for c in type(module).__mro__ if hasattr(m := sys.modules[c.__module__], "ALL_ATTENTION_FUNCTIONS"))
+    plain = own.ALL_ATTENTION_FUNCTIONS.get(name, vars(own).get("eager_attention_forward"))
+    n = len(query)
+    if n == len(key):
+        return plain(module, query, key, value, attention_mask, *args, **kwargs)
+    S, far = key.shape[2] - n, torch.finfo(query.dtype).min
+    history = query.new_zeros(1, 1, 1, S) if attention_mask is None else attention_mask[:1, :, :, :S]
+    if history.dtype == torch.bool:
+        history = query.new_zeros(history.shape).masked_fill(~history, far)
+    own = query.new_full((n, n), far).fill_diagonal_(0).expand(1, history.shape[1], n, n)
+    mask = torch.cat((history.expand(-1, -1, n, -1), own), 3)
+    out, weights = plain(module, query.transpose(0, 2), key, value, mask, *args, **kwargs)
+    if weights is not None:
+        history, own = weights.transpose(0, 2).split((S, n), 3)
+        weights = torch.cat((history, own.diagonal(0, 0, 3).permute(2, 0, 1)[..., None]), 3)
+    return out.transpose(0, 1), weights
+
+
+for name, ours in ATTENTION.items():
+    AttentionInterface.register(ours, partial(attend, name))
+    AttentionMaskInterface.register(ours, AttentionMaskInterface()[name])
 
 
 class EqualRows(Tensor):
@@ -182,7 +243,7 @@ class Average(LogitsProcessor):
         mean = scores.float().log_softmax(-1).logsumexp(0) - math.log(len(scores))
         self.overruled = self.overruled + (mean.argmax() != scores[0].argmax())
         rows = mean.repeat(len(scores), 1).as_subclass(EqualRows)
-        rows.noise = lambda: gumbel(self.seed, -input_ids.shape[1], 2, 1, len(mean))[0, 0]
+        rows.noise = lambda: gumbel(self.seed, -input_ids.shape[1], len(mean))
         return rows
 
 

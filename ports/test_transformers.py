@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", minversion="5.24", reason="the port was written against 5.24")
+transformers = pytest.importorskip("transformers", minversion="5.0")
 from transformers import AutoConfig, DynamicCache
 
 ROOT = Path(__file__).parent.parent
@@ -233,7 +233,7 @@ def test_every_row_equals_a_run_of_its_own(family, weights):
     port.remove_roe(model)
     (experts,) = {next(p for p in router.parameters() if p.dim() == 2).shape[0] for router in routers}
     layers = len(routers) + 2  # the first and the last one have no noise
-    noise = [port.gumbel(2, position, n, layers, experts)[:, 1:-1] for position in (PROMPT - 2, PROMPT - 1)]
+    noise = [port.gumbel(2, position, n, layers, experts)[1:, 1:-1] for position in (PROMPT - 2, PROMPT - 1)]
 
     history = DynamicCache(config=model.config)
     forward(model, IDS[:, :-2], history)
@@ -250,6 +250,39 @@ def test_every_row_equals_a_run_of_its_own(family, weights):
     assert sum(moved) > 1  # where noise chose the same experts, "clean" rows equal row 0
     nbytes = lambda cache: sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert nbytes(cache) == nbytes(history)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_history_is_there_once(family, attention, monkeypatch):
+    """While a token is decoded every layer attends to one history and n own positions, as if each row had its own."""
+    _, model = family
+    if attention == "sdpa" and not type(model)._supports_sdpa:
+        pytest.skip("the model has no sdpa")
+    n, own_name = 3, model.config._attn_implementation
+    model.set_attn_implementation(attention)
+    port.add_roe(model, n, 1.0)
+    copying, folding = (port.CleanCache(config=model.config) for _ in range(2))
+    forward(model, IDS[:, :-1], folding)
+    forward(model, IDS[:, :-1], copying)
+    ours = f"roe_{attention}"
+    seen, attend = [], port.AttentionInterface._global_mapping[ours]
+    note = lambda module, query, key, *args, **kwargs: (
+        seen.append((query.shape[0], key.shape[0])) or attend(module, query, key, *args, **kwargs)
+    )
+    monkeypatch.setitem(port.AttentionInterface._global_mapping, ours, note)
+    folded = forward(model, IDS[:, -1:].repeat(n, 1), folding)
+    assert set(seen) == {(n, 1)}
+    model.set_attn_implementation(attention)  # by its own name the model's function gets a copy for every row
+    scale = max(1.0, folded.abs().max().item())
+    copied = forward(model, IDS[:, -1:].repeat(n, 1), copying)
+    torch.testing.assert_close(folded, copied, atol=TOLERANCE * scale, rtol=0)
+    for layer, other in zip(folding.layers, copying.layers):
+        if layer.is_initialized:
+            torch.testing.assert_close(layer.keys, other.keys, atol=TOLERANCE, rtol=0)
+            assert layer.get_seq_length() == other.get_seq_length() == PROMPT
+    port.remove_roe(model)
+    assert model.config._attn_implementation == attention
+    model.set_attn_implementation(own_name)
 
 
 def test_removal_leaves_no_trace(family):
@@ -510,7 +543,8 @@ def test_one_seed_is_one_text_here_and_in_roe_py(both, temperature, seed, weight
 
     model, ours, tokens = both
     n, tau, new = 8, 0.6, 60
-    expected = list(roe.generate(ours, tokens, n, tau, "shared", new, temperature, 0.9, seed, weights))
+    written = {"max_new_tokens": new, "temperature": temperature, "top_p": 0.9, "seed": seed, "weights": weights}
+    expected = list(roe.generate(ours, tokens, n, tau, **written))
     options = {"do_sample": True, "temperature": temperature, "top_p": 0.9, "top_k": 0} if temperature else {}
     port.add_roe(model, n, tau, seed=seed, weights=weights)
     for pieces in ([new], [17, 1, new - 18]):
@@ -518,7 +552,7 @@ def test_one_seed_is_one_text_here_and_in_roe_py(both, temperature, seed, weight
         for more in pieces:
             ids = port.generate(model, ids, max_new_tokens=more, **options)
         assert len(expected) == new and ids[0].tolist() == tokens + expected
-    assert expected != list(roe.generate(ours, tokens, 1, tau, "shared", new, temperature, 0.9, seed, weights))
+    assert expected != list(roe.generate(ours, tokens, 1, tau, **written))
 
 
 def run(*arguments, processes=0):

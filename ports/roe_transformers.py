@@ -17,9 +17,11 @@ import hashlib
 import inspect
 import json
 import math
+import operator
 import os
 import sys
 import time
+from contextvars import ContextVar
 from functools import partial
 from types import SimpleNamespace
 
@@ -27,14 +29,15 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LogitsProcessor, TextStreamer
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.distributed import DistributedConfig
 from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from transformers.utils import cached_file
 
 TAU, WEIGHTS = 0.2, "perturbed"  # the defaults; "clean" is the letter of equation 1
 CHOICES = torch.return_types.topk, torch.return_types.max
+RUN = ContextVar("the forward pass with rosters that a thread is in", default=None)
 ATTENTION = {"sdpa": "roe_sdpa", "eager": "roe_eager"}  # the names of functions that take a mask, and of ours
 
 
@@ -49,47 +52,104 @@ def gumbel(seed: int, position: int, *shape: int) -> Tensor:
     return -(-uniform.log()).log().float().view(shape)
 
 
-def roster_noise(*args):
-    """`gumbel` for rosters [n, L, E], of which row 0, the clean path, has none."""
-    noise = gumbel(*args)
-    noise[0] = 0
-    return noise
+class Noise(TorchFunctionMode):
+    """While a router runs: noise for its logits [n * T, E], at the last position of each row but the clean one."""
 
-
-class NoisyForward(TorchFunctionMode):
-    """A router's forward, with noise in rows 1 to n - 1 of its logits [n * T, E], at the last position."""
-
-    def __init__(self, roe, router, layer, tau):
+    def __init__(self, run, router, layer, tau):
         super().__init__()
-        self.roe, self.plain, self.kind, self.layer, self.tau = roe, router.forward, type(router).__name__, layer, tau
-
-    def __call__(self, *args, **kwargs):
-        if self.roe.rows == 1:
-            return self.plain(*args, **kwargs)
-        self.roe.ran += 1
-        self.logits, self.chosen, self.again, clean = None, [], iter(()), self.roe.weights == "clean"
-        with self:
-            out = self.plain(*args, **kwargs)
-        if self.logits is None or (clean and not self.chosen):
-            raise ValueError(f"{self.kind} shows RoE no logits or no top-k, as {self.roe.weights} weights need it")
-        self.again = iter(self.chosen)
-        with self:
-            return self.plain(*args, **kwargs) if clean else out
+        self.run, self.kind, self.layer, self.tau = run, type(router).__name__, layer, tau
+        self.logits, self.chosen, self.again = None, [], iter(())
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+        out, run = func(*args, **(kwargs or {})), self.run
         if self.logits is None and func in (torch.nn.functional.linear, torch.mm, torch.matmul):
             out = out if self.kind == "Llama4Router" else out.float()  # whose experts multiply by what it makes of them
-            self.logits = out.view(self.roe.rows, -1, out.shape[-1])[:, -1]
-            if self.roe.noise is None:  # it is drawn once for all routers
-                self.roe.noise = self.roe.draw(out.shape[-1]).to(out.device)
-            self.logits += self.tau * self.roe.noise[:, self.layer].to(out.device)
+            self.logits = out.view(run.rows, -1, out.shape[-1])[:, -1]
+            if run.noise is None:  # it is drawn once for all routers
+                run.noise = run.draw(out.shape[-1]).to(out.device)
+                run.noise[0] = 0
+            self.logits += self.tau * run.noise[:, self.layer].to(out.device)
         elif isinstance(out, CHOICES) and (indices := next(self.again, None)) is not None:
             values = args[0].gather(-1, indices.view(*args[0].shape[:-1], -1)).view(indices.shape)
             return type(out)((values, indices))
         elif isinstance(out, CHOICES):
             self.chosen.append(out.indices)
         return out
+
+
+@torch.compiler.assume_constant_result  # so that it runs while torch.compile traces what calls it
+def refuse(compiling):
+    if compiling:
+        raise ValueError("a model with RoE does not run under torch.compile: leave it out, or call remove_roe first")
+
+
+class RoE:
+    """What `add_roe` puts on a model, as `model.roe`: settings and hooks. A copy of the model has its own."""
+
+    def __init__(self, model, routers, rosters, tau, seed, weights):
+        self.rosters, self.tau, self.seed, self.weights, self.kind = (
+            rosters,
+            tau,
+            seed,
+            weights,
+            model.config.model_type,
+        )
+        base, self.noisy = model.base_model, [i for i in range(len(tau)) if tau[i] > 0 and rosters > 1]
+        self.names = [*inspect.signature(base.forward).parameters]
+        self.cache_name = "cache" if "cache" in self.names else "past_key_values"
+        self.configs = [*{id(part.config): part.config for part in model.modules() if hasattr(part, "config")}.values()]
+        for config in self.configs:
+            if config._attn_implementation in ATTENTION and model._can_set_attn_implementation():
+                config._attn_implementation_internal = ATTENTION[config._attn_implementation]
+        always = {"with_kwargs": True, "always_call": True}  # after an exception, too
+        self.hooks = [base.register_forward_pre_hook(self.before, with_kwargs=True)]
+        self.hooks.append(base.register_forward_hook(self.after, **always))
+        for i in self.noisy:
+            self.hooks.append(routers[i].register_forward_pre_hook(partial(self.before_router, i)))
+            self.hooks.append(routers[i].register_forward_hook(self.after_router, prepend=True, **always))
+
+    def before(self, _, args, kwargs):
+        refuse(torch.compiler.is_compiling())
+        given = dict(zip(self.names, args)) | kwargs
+        x = next(given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None)
+        caches = {name: value for name, value in given.items() if isinstance(value, Cache)}
+        known = all(type(c) is CleanCache and k in (self.cache_name, "past_key_values") for k, c in caches.items())
+        if len(x) > 1 and not (len(x) == self.rosters and known and (x == x[:1]).all()):
+            raise ValueError(
+                f"a batch must have one row, or {self.rosters} equal ones and a CleanCache for the rosters"
+            )
+        length = 0
+        for history in caches.values() if known else ():
+            length = history.get_seq_length()
+            history.ids[length:] = x[0].tolist() if x.dim() == 2 else [None] * x.shape[1]  # embeddings
+            history.passes += len(x) > 1
+            ours = all(config._attn_implementation in ATTENTION.values() for config in self.configs)
+            history.folds = ours and x.shape[1] == 1
+        draw = partial(gumbel, self.seed, length + x.shape[1] - 1, self.rosters, len(self.tau))
+        RUN.set(SimpleNamespace(rows=len(x), draw=draw, noise=None, ran=0) if len(x) > 1 else None)
+
+    def after(self, _, args, kwargs, out):
+        run = RUN.get()
+        RUN.set(None)
+        if run and out is not None and run.ran != len(self.noisy):
+            raise ValueError(
+                f"{self.kind} used {run.ran} of {len(self.noisy)} noisy routers; RoE cannot steer the others"
+            )
+
+    def before_router(self, layer, router, args):
+        if run := RUN.get():
+            run.ran, run.mode = run.ran + 1, Noise(run, router, layer, self.tau[layer])
+            run.mode.__enter__()
+
+    def after_router(self, router, args, kwargs, out):
+        if run := RUN.get():
+            (mode := run.mode).__exit__(None, None, None)
+            clean = self.weights == "clean"
+            if out is not None and (mode.logits is None or (clean and not mode.chosen)):
+                raise ValueError(f"{mode.kind} shows RoE no logits or no top-k, as {self.weights} weights need it")
+            mode.again = iter(mode.chosen)
+            with mode:
+                return router.forward(*args, **kwargs) if clean and out is not None else out
 
 
 def read_tau(file):
@@ -108,6 +168,7 @@ def add_roe(model, rosters, tau=None, skip=1, seed=0, weights=WEIGHTS):
     the model, else 0.2. `weights` of the chosen experts: the router's for R + tau G ("perturbed") or its own,
     for R ("clean"). `seed`: of the noise. Raises ValueError for a model that this cannot be right for, or arguments out
     of range."""
+    model = unwrap(model)
     kind, module, modules = model.config.model_type, sys.modules[type(model).__module__], dict(model.named_modules())
     odd = {type(layer) for layer in CleanCache(config=model.config).layers} - {DynamicLayer, DynamicSlidingWindowLayer}
     own = [v for k, v in vars(module).items() if k.endswith("Cache") and v.__module__ == module.__name__]
@@ -124,66 +185,51 @@ def add_roe(model, rosters, tau=None, skip=1, seed=0, weights=WEIGHTS):
         tau = read_tau(file) if file else None
     tau = torch.as_tensor(TAU if tau is None else tau, dtype=torch.float64).tolist()
     tau = [tau if skip <= i < L - skip else 0.0 for i in range(L)] if isinstance(tau, float) else tau
-    in_range = rosters > 0 <= skip and len(tau) == L and all(0 <= value <= 100 for value in tau)
+    whole = not any(isinstance(value, bool) or not hasattr(value, "__index__") for value in (rosters, skip, seed))
+    in_range = whole and rosters > 0 <= skip and len(tau) == L and all(0 <= value <= 100 for value in tau)
     if not in_range or weights not in ("clean", "perturbed"):
-        raise ValueError(f"{rosters=}, {skip=}, {tau=}, {weights=}: need >= 1, >= 0, {L} of 0-100, clean or perturbed")
+        needs = f"need whole numbers, of them >= 1, >= 0, {L} of 0-100, any, and clean or perturbed"
+        raise ValueError(f"{rosters=}, {skip=}, {tau=}, {seed=}, {weights=}: {needs}")
     remove_roe(model)
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    noisy = [i for i in range(L) if tau[i] > 0 and rosters > 1]
-    roe = model.roe = SimpleNamespace(rosters=rosters, weights=weights, seed=seed, cache_name=name, rows=1, ran=0)
-
-    def before(_, args, kwargs):
-        x = next(x for x in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None)
-        roe.rows, roe.ran, roe.noise, history = len(x), 0, None, kwargs.get(name)
-        known = history is None or isinstance(history, CleanCache)  # another one would keep the rosters' history
-        if roe.rows > 1 and not (roe.rows == rosters and known and (x == x[:1]).all()):
-            raise ValueError(f"a batch must have one row, or {rosters} equal ones and a CleanCache for the rosters")
-        if history is not None:
-            history.folds = x.shape[1] == 1 and all(c._attn_implementation in ATTENTION.values() for c in configs)
-        position = (history.get_seq_length() if history else 0) + x.shape[1] - 1  # of the last token, in its text
-        roe.draw = lambda experts: roster_noise(roe.seed, position, rosters, L, experts)
-
-    def after(*_):
-        if roe.rows > 1 and roe.ran != len(noisy):
-            raise ValueError(f"{kind} used {roe.ran} of {len(noisy)} noisy routers; RoE cannot steer the others")
-
-    configs = [m.config for m in {id(m.config): m for m in modules.values() if hasattr(m, "config")}.values()]
-    for config in configs:
-        if model._can_set_attn_implementation() and config._attn_implementation in ATTENTION:
-            config._attn_implementation_internal = ATTENTION[config._attn_implementation]
-    hooks = [model.base_model.register_forward_pre_hook(before, with_kwargs=True)]
-    roe.undo = [hook.remove for hook in (*hooks, model.base_model.register_forward_hook(after))]
-    for i in noisy:
-        old = vars(routers[i]).get("forward")  # one that was set on the module, as accelerate does
-        roe.undo.append(lambda r=routers[i], old=old: setattr(r, "forward", old) if old else delattr(r, "forward"))
-        routers[i].forward = NoisyForward(roe, routers[i], i, tau[i])
+    model.roe = RoE(model, routers, operator.index(rosters), tau, operator.index(seed), weights)
 
 
 def remove_roe(model):
     """Undoes `add_roe`; does nothing to a model without it."""
-    for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
-        config._attn_implementation_internal = str(config._attn_implementation).removeprefix("roe_")
-    for undo in vars(model).pop("roe", SimpleNamespace(undo=())).undo:
-        undo()
+    if roe := vars(unwrap(model)).pop("roe", None):
+        for hook in roe.hooks:
+            hook.remove()
+        for config in roe.configs:
+            names = {ours: name for name, ours in ATTENTION.items()}
+            config._attn_implementation_internal = names.get(config._attn_implementation, config._attn_implementation)
+
+
+def unwrap(model):
+    """The model of transformers in what wraps it, such as PEFT's adapters."""
+    if hasattr(model, "prompt_encoder"):
+        raise ValueError("PEFT's learned prompts are not part of the model's text, on which RoE depends")
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
 class CleanCache(DynamicCache):
     """The Clean Cache (section 2.3): keeps row 0, and hands every row the clean history with its own current tokens.
 
-    While it `folds`, n rows of one token each get one row: the history, followed by the n own positions."""
+    `ids`: the tokens it holds, once a model with RoE has read them. While it `folds`, n rows of one token each get one
+    row of keys and values: the history and their n own."""
 
-    folds = False
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.ids, self.passes, self.folds = [], 0, False  # passes: of n rows
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):  # of T new positions, [n, heads, T, D]
         n, _, T, _ = key_states.shape
         if n > 1 and self.folds:
-            own = key_states.transpose(0, 2), value_states.transpose(0, 2)
-            layer, full = self.layers[layer_idx], super().update(*own, layer_idx, *args, **kwargs)
-            layer.keys, layer.values = (kept[:, :, : 1 - n] for kept in full)  # up to row 0's own
+            full = super().update(key_states.transpose(0, 2), value_states.transpose(0, 2), layer_idx, *args, **kwargs)
+            layer, end = self.layers[layer_idx], full[0].shape[2] - n + 1
+            start = max(0, end + 1 - layer.sliding_window) if layer.is_sliding else 0
+            layer.keys, layer.values = (kept[:, :, start:end] for kept in full)
             if layer.is_sliding:
                 layer.cumulative_length -= n - 1
-                window = slice(max(0, layer.keys.shape[2] + 1 - layer.sliding_window), None)
-                layer.keys, layer.values = layer.keys[:, :, window], layer.values[:, :, window]
             return full
         clean = super().update(key_states[:1], value_states[:1], layer_idx, *args, **kwargs)
         rows = [kept[:, :, : kept.shape[2] - T].expand(n, -1, -1, -1) for kept in clean]
@@ -194,22 +240,21 @@ def attend(name, module, query, key, value, attention_mask, *args, **kwargs):
     """A model's own attention function, by its name; n rows of one query each are one row of n queries to it.
 
     query [n, H, 1, D]; key, value [1, Hk, S + n, D], as `CleanCache` folds them: each row sees the history, as far as
-    the mask of row 0 lets it, and of the n positions its own. Returns [n, 1, H, D], and eager the weights as ever."""
+    the mask of row 0 lets it, and of the n positions its own. Returns [n, 1, H, D]
+    and what the function returns beside it, such as its weights [1, H, n, S + n]."""
     own = next(m for c in type(module).__mro__ if hasattr(m := sys.modules[c.__module__], "ALL_ATTENTION_FUNCTIONS"))
     plain = own.ALL_ATTENTION_FUNCTIONS.get(name, vars(own).get("eager_attention_forward"))
-    n = len(query)
+    n, S = len(query), key.shape[2] - len(query)
     if n == len(key):
         return plain(module, query, key, value, attention_mask, *args, **kwargs)
-    S, far = key.shape[2] - n, torch.finfo(query.dtype).min
-    history = query.new_zeros(1, 1, 1, S) if attention_mask is None else attention_mask[:1, :, :, :S]
-    if history.dtype == torch.bool:
-        history = query.new_zeros(history.shape).masked_fill(~history, far)
-    own = query.new_full((n, n), far).fill_diagonal_(0).expand(1, history.shape[1], n, n)
-    mask = torch.cat((history.expand(-1, -1, n, -1), own), 3)
+    if attention_mask is None:
+        attention_mask = query.new_ones(1, 1, 1, S, dtype=torch.bool)
+    own = torch.eye(n, dtype=torch.bool, device=query.device)
+    if attention_mask.dtype != torch.bool:  # it is added
+        own = torch.where(own, 0, torch.finfo(query.dtype).min).to(attention_mask.dtype)
+    history = attention_mask[:1, :, :, :S].expand(-1, -1, n, -1)
+    mask = torch.cat((history, own.expand(*history.shape[:2], n, n)), 3)
     out, weights = plain(module, query.transpose(0, 2), key, value, mask, *args, **kwargs)
-    if weights is not None:
-        history, own = weights.transpose(0, 2).split((S, n), 3)
-        weights = torch.cat((history, own.diagonal(0, 0, 3).permute(2, 0, 1)[..., None]), 3)
     return out.transpose(0, 1), weights
 
 
@@ -234,13 +279,15 @@ class EqualRows(Tensor):
 class Average(LogitsProcessor):
     """Log of the rows' mean probability (section 3.1), in every row. `overruled` counts where row 0 chose otherwise.
 
+    The clean row's normaliser is added, so that the scores of one roster are its logits, as later processors expect.
     Samples are drawn from it by seed and position, as roe.py draws them."""
 
     def __init__(self, seed=0):
         self.seed, self.overruled = seed, 0
 
     def __call__(self, input_ids, scores):
-        mean = scores.float().log_softmax(-1).logsumexp(0) - math.log(len(scores))
+        norms = (scores := scores.float()).logsumexp(-1, keepdim=True)
+        mean = (scores - (norms - norms[0])).logsumexp(0) - math.log(len(scores))
         self.overruled = self.overruled + (mean.argmax() != scores[0].argmax())
         rows = mean.repeat(len(scores), 1).as_subclass(EqualRows)
         rows.noise = lambda: gumbel(self.seed, -input_ids.shape[1], len(mean))
@@ -253,17 +300,27 @@ def generate(model, input_ids, attention_mask=None, cache=None, average=None, st
 
     Takes what `model.generate` takes, and a `CleanCache` or an `Average` to look at afterwards; returns ids [1, T + new
     ones], or with return_dict_in_generate n rows of all."""
-    one_text = len(input_ids) == 1 and input_ids.numel() and (attention_mask is None or attention_mask.all())
+    model, T = unwrap(model), input_ids.shape[1]
+    one_text = len(input_ids) == 1 and T and (attention_mask is None or attention_mask.all())
     if not hasattr(model, "roe") or not one_text:
         raise ValueError("generate continues one text, ids [1, T >= 1] without padding, with a model after add_roe")
-    roe, cached = model.roe, {model.roe.cache_name: CleanCache(config=model.config) if cache is None else cache}
-    if input_ids.shape[1] > 1:
-        model.base_model(input_ids=input_ids[:, :-1], use_cache=True, **cached)
-    options["logits_processor"] = [average or Average(roe.seed), *options.get("logits_processor", [])]
+    roe, cache = model.roe, CleanCache(config=model.config) if cache is None else cache
+    start, passes = cache.get_seq_length(), getattr(cache, "passes", None)
+    if passes is None or start >= T or cache.ids[:start] != input_ids[0, :start].tolist():
+        raise ValueError(f"the cache must be a CleanCache that holds a beginning of the {T} tokens, not {start} others")
+    cached = {roe.cache_name: cache, "use_cache": True}
+    if start < T - 1:
+        model.base_model(input_ids=input_ids[:, start:-1], **cached)
+    options["logits_processor"] = [average or Average(roe.seed), *(options.get("logits_processor") or [])]
     options["streamer"] = streamer and SimpleNamespace(put=lambda ids: streamer.put(ids[:1]), end=streamer.end)
     input_ids = input_ids.repeat(roe.rosters, 1)
-    out = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **cached, **options)
-    return out[:1] if isinstance(out, torch.Tensor) else out
+    out = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options | cached)
+    ids = out if isinstance(out, torch.Tensor) else out.sequences
+    if roe.noisy and cache.passes - passes != ids.shape[1] - T:
+        raise ValueError(
+            f"only {cache.passes - passes} of {ids.shape[1] - T} tokens had rosters: something goes past RoE"
+        )
+    return ids[:1] if ids is out else out
 
 
 if __name__ == "__main__":

@@ -307,7 +307,8 @@ def generate(model, input_ids, attention_mask=None, cache=None, average=None, st
     roe, cache = model.roe, CleanCache(config=model.config) if cache is None else cache
     start, passes = cache.get_seq_length(), getattr(cache, "passes", None)
     if passes is None or start >= T or cache.ids[:start] != input_ids[0, :start].tolist():
-        raise ValueError(f"the cache must be a CleanCache that holds a beginning of the {T} tokens, not {start} others")
+        what = f"it holds {start} tokens, the text has {T}"
+        raise ValueError(f"the cache must be a CleanCache with nothing, or with a beginning of the text: {what}")
     cached = {roe.cache_name: cache, "use_cache": True}
     if start < T - 1:
         model.base_model(input_ids=input_ids[:, start:-1], **cached)

@@ -10,6 +10,7 @@ import inspect
 import os
 import subprocess
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -341,6 +342,11 @@ def mixtral():
 def test_arguments_out_of_range(mixtral):
     for wrong in (
         {"rosters": 0},
+        {"rosters": 4.0},
+        {"rosters": True},
+        {"skip": 1.0},
+        {"seed": 0.5},
+        {"seed": None},
         {"skip": -1},
         {"tau": -0.1},
         {"tau": [0.1] * 4},
@@ -351,7 +357,8 @@ def test_arguments_out_of_range(mixtral):
             port.add_roe(mixtral, **{"rosters": 2} | wrong)
     with pytest.raises(ValueError, match="after add_roe"):
         port.generate(mixtral, IDS)
-    port.add_roe(mixtral, 3)
+    port.add_roe(mixtral, torch.tensor(3), seed=torch.tensor(4))  # whole numbers, as Python takes them
+    assert (mixtral.roe.rosters, mixtral.roe.seed) == (3, 4)
     for ids in (IDS.repeat(3, 1), IDS[:, :0]):
         with pytest.raises(ValueError, match="one text"):
             port.generate(mixtral, ids)
@@ -503,6 +510,197 @@ def test_what_is_handed_on(mixtral):
     assert out.shape == (1, PROMPT + 4) and put.pop() is None
     assert torch.cat([ids.view(1, -1) for ids in put], 1).equal(out)
     assert all(scores[0].equal(scores[2]) for scores in seen)
+
+
+# ---- What else is done to models, and around them --------------------------------------------------------------------
+
+GREEDY = {"max_new_tokens": 10, "do_sample": False}
+
+
+@pytest.fixture
+def noisy(mixtral):
+    """A model with RoE, and the text that it writes."""
+    port.add_roe(mixtral, 3, 1.0)
+    return mixtral, port.generate(mixtral, IDS, **GREEDY)
+
+
+def test_a_cache_that_is_handed_over(noisy):
+    """It holds a beginning of the text, of which the rest is read: cut and continued is one text, and a turn of a chat
+    costs its own length."""
+    model, expected = noisy
+    cache, read = port.CleanCache(config=model.config), []
+    embed = model.get_input_embeddings()
+    hook = embed.register_forward_hook(lambda _, args, out: read.append(args[0].shape[1]))
+    ids = port.generate(model, IDS, cache=cache, **GREEDY | {"max_new_tokens": 4})
+    assert read == [PROMPT - 1] + [1] * 4 and cache.get_seq_length() == PROMPT + 3
+    read.clear()
+    assert port.generate(model, ids, cache=cache, **GREEDY | {"max_new_tokens": 6}).equal(expected)
+    assert read == [1] * 6
+    turn = torch.cat((expected, IDS[:, :5]), 1)
+    read.clear()
+    answer = port.generate(model, turn, cache=cache, **GREEDY)
+    assert read == [5] + [1] * 10  # the token that was written last was not read
+    hook.remove()
+    assert answer.equal(port.generate(model, turn, **GREEDY))
+    for other in (IDS, answer[:, : PROMPT + 8], torch.cat((IDS[:, :1] + 1, answer[:, 1:], IDS), 1)):
+        with pytest.raises(ValueError, match="^the cache must be .* 43 tokens"):
+            port.generate(model, other, cache=cache, **GREEDY)
+    with pytest.raises(ValueError, match="must be a CleanCache"):
+        port.generate(model, IDS, cache=DynamicCache(config=model.config), **GREEDY)
+    embedded = port.CleanCache(config=model.config)
+    with torch.inference_mode():
+        model(inputs_embeds=embed(IDS[:, :5]), **{cache_name(model): embedded})
+    with pytest.raises(ValueError, match="5 tokens"):  # whose ids nobody knows
+        port.generate(model, IDS, cache=embedded, **GREEDY)
+
+
+def test_use_cache_false_changes_nothing(noisy):
+    model, expected = noisy
+    assert port.generate(model, IDS, use_cache=False, **GREEDY).equal(expected)
+    model.generation_config.use_cache = False
+    assert port.generate(model, IDS, logits_processor=None, **GREEDY).equal(expected)
+
+
+@pytest.mark.parametrize("first", ["add_roe", "get_peft_model"])
+@pytest.mark.parametrize("adapted", [{}, {"target_parameters": ["gate.weight"]}], ids=["attention", "routers"])
+def test_adapters_of_peft(noisy, adapted, first):
+    """As with the weights that result when the adapter is merged, whether RoE came before or after it."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    config = peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"], **adapted)
+    model, without = noisy
+    port.remove_roe(model)
+    merged = copy.deepcopy(model)
+    torch.manual_seed(1)
+    merged = peft.get_peft_model(merged, config).merge_and_unload()
+    port.add_roe(merged, 3, 1.0)
+    if first == "add_roe":
+        port.add_roe(model, 3, 1.0)
+    torch.manual_seed(1)
+    wrapped = peft.get_peft_model(model, config)
+    if first != "add_roe":
+        port.add_roe(wrapped, 3, 1.0)
+    expected = port.generate(merged, IDS, **GREEDY)
+    assert port.generate(wrapped, IDS, **GREEDY).equal(expected) and not expected.equal(without)
+    options = GREEDY | {"logits_processor": [port.Average()], cache_name(model): port.CleanCache(config=model.config)}
+    assert wrapped.generate(input_ids=IDS.repeat(3, 1), **options).equal(expected.repeat(3, 1))
+    port.remove_roe(wrapped)
+    assert not hasattr(model, "roe") and noisy_routers(model) == []
+
+
+def test_learned_prompts_of_peft_are_refused(mixtral):
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    model = peft.get_peft_model(mixtral, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match="learned prompts"):
+        port.add_roe(model, 3)
+
+
+@pytest.mark.parametrize("weights", ["perturbed", "clean"])
+def test_offloading_before_and_after(mixtral, weights):
+    """accelerate's hooks, which bring a module's weights when it runs, stay where they are."""
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    own = mixtral.generate(IDS, **GREEDY)
+    port.add_roe(mixtral, 3, 1.0, weights=weights)
+    expected = port.generate(mixtral, IDS, **GREEDY)
+    accelerate.cpu_offload(mixtral, execution_device="cpu")
+    assert next(mixtral.model.layers[2].mlp.gate.parameters()).is_meta
+    assert port.generate(mixtral, IDS, **GREEDY).equal(expected)
+    port.remove_roe(mixtral)
+    assert mixtral.generate(IDS, **GREEDY).equal(own)
+    port.add_roe(mixtral, 3, 1.0, weights=weights)
+    assert port.generate(mixtral, IDS, **GREEDY).equal(expected)
+
+
+def test_copies_and_files_have_a_roe_of_their_own(noisy, tmp_path):
+    model, expected = noisy
+    plain, other = copy.deepcopy(model), copy.deepcopy(model)
+    torch.save(model, tmp_path / "model.pt")
+    port.remove_roe(plain)
+    assert noisy_routers(plain) == [] and len(noisy_routers(model)) == 3
+    assert port.generate(model, IDS, **GREEDY).equal(expected)
+    other.roe.seed = 1
+    assert not port.generate(other, IDS, **GREEDY).equal(expected)
+    port.remove_roe(model)
+    assert len(noisy_routers(other)) == 3 and port.generate(other, IDS, **GREEDY).shape == expected.shape
+    read = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert port.generate(read, IDS, **GREEDY).equal(expected)
+    read.save_pretrained(tmp_path)
+    assert "roe" not in (tmp_path / "config.json").read_text()
+
+
+def test_torch_compile_is_refused_at_once(noisy):
+    model, expected = noisy
+    compiled = torch.compile(model, backend="eager")
+    sentence = "^ValueError: a model with RoE does not run under torch.compile"
+    with pytest.raises(RuntimeError, match=sentence):
+        compiled(IDS)
+    assert port.generate(compiled, IDS, **GREEDY).equal(expected)  # with the model in it
+    model.compile(backend="eager")
+    with pytest.raises(RuntimeError, match=sentence):
+        port.generate(model, IDS, **GREEDY)
+    torch.compiler.reset()
+
+
+def test_the_inner_model(noisy):
+    """Its cache counts however it is handed over, and others are refused as everywhere."""
+    model, _ = noisy
+    name, one = cache_name(model), lambda: port.CleanCache(config=model.config)
+    place = [*inspect.signature(model.model.forward).parameters].index(name)
+    by_name, by_position = one(), one()
+    with torch.inference_mode():
+        for ids in (IDS[:, :-1], IDS[:, -1:].repeat(3, 1)):
+            expected = model.model(input_ids=ids, **{name: by_name})[0]
+            got = model.model(ids, *[None] * (place - 1), by_position)[0]
+            assert got.equal(expected)
+    assert not got[1].equal(got[0])
+    rows, own = IDS.repeat(3, 1), DynamicCache(config=model.config)
+    for args, kwargs in (((*[None] * (place - 1), own), {}), ((), {name: own}), ((), {"history": one()})):
+        with pytest.raises(ValueError, match="one row, or 3 equal ones"):
+            model.model(rows, *args, **kwargs)
+
+
+def test_what_goes_past_the_hooks_is_noticed(noisy):
+    model, _ = noisy
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args, **kwargs):
+            return self.inner.forward(*args, **kwargs)  # not by a call, with which hooks run
+
+    model.model = Wrapped(model.model)
+    with pytest.raises(ValueError, match="only 0 of 10 tokens had rosters"):
+        port.generate(model, IDS, **GREEDY)
+
+
+def test_threads_share_a_model(noisy):
+    model, expected = noisy
+    texts = []
+    write = lambda: texts.extend(port.generate(model, IDS, **GREEDY) for _ in range(4))
+    threads = [threading.Thread(target=write) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(texts) == 12 and all(text.equal(expected) for text in texts)
+
+
+def test_an_error_leaves_no_noise_behind(noisy):
+    model, expected = noisy
+    router = model.model.layers[2].mlp.gate
+    hook = router.register_forward_pre_hook(lambda *_: 1 / 0)  # after that of RoE
+    with pytest.raises(ZeroDivisionError):
+        port.generate(model, IDS, **GREEDY)
+    hook.remove()
+    x = torch.randn(3, 32)
+    assert router(x)[0].equal(copy.deepcopy(router)(x)[0]) and port.RUN.get() is None
+    assert (
+        torch.overrides._len_torch_function_stack() == 0
+        if hasattr(torch.overrides, "_len_torch_function_stack")
+        else True
+    )
+    assert port.generate(model, IDS, **GREEDY).equal(expected)
 
 
 # ---- The embedded model, against roe.py ------------------------------------------------------------------------------

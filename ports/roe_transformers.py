@@ -4,20 +4,18 @@
     add_roe(model, rosters=8)
     ids = generate(model, tokenizer("Why is the sky blue?", return_tensors="pt").input_ids)
 
-The n rosters of a token are n equal rows of a batch; row 0 is the clean path. Only its keys and values are kept (2.3).
-The others get noise in their routers (2.1), at the last position; the predictions of all rows are averaged (3.1). The
-noise is a function of seed and position, the one of roe.py: in float32 one seed is one text there and here.
-No router is rewritten. Its own forward runs under a `TorchFunctionMode`, which sees all that it asks of torch: for its
-first matrix product, the logits R, it is handed R + tau G, and what it makes of them are the "perturbed" weights. For
-"clean" ones it runs again, without noise, but each of its top-k is made to choose what it chose with noise: so it gives
-its own weights, by its own rule, to the experts that noise chose."""
+The n rosters of a token are n equal rows of a batch, and n queries to one history: that of row 0, the clean path (2.3).
+The others get noise in their routers (2.1), at the last position; the predictions of all are averaged (3.1). The noise
+is a function of seed and position, the one of roe.py: in float32 one seed is one text there and here.
+A router's own forward runs under a `TorchFunctionMode`, which sees all that it asks of torch: for its first product,
+the logits R, it is handed R + tau G, and what it makes of them are the "perturbed" weights. For "clean" ones it runs
+again without noise, but each top-k is made to choose as before: it gives its own weights to what noise chose."""
 
 import argparse
 import hashlib
 import inspect
 import json
 import math
-import operator
 import os
 import sys
 import time
@@ -26,19 +24,15 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
+import transformers
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LogitsProcessor, TextStreamer
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.distributed import DistributedConfig
-from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface, PreTrainedModel
-from transformers.utils import cached_file
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 TAU, WEIGHTS = 0.2, "perturbed"  # the defaults; "clean" is the letter of equation 1
 CHOICES = torch.return_types.topk, torch.return_types.max
 RUN = ContextVar("the forward pass with rosters that a thread is in", default=None)
-ATTENTION = {"sdpa": "roe_sdpa", "eager": "roe_eager"}  # the names of functions that take a mask, and of ours
+OURS = {"sdpa": "roe_sdpa", "eager": "roe_eager"}  # names of attention functions that take any mask, and of ours
 
 
 def gumbel(seed: int, position: int, *shape: int) -> Tensor:
@@ -53,22 +47,21 @@ def gumbel(seed: int, position: int, *shape: int) -> Tensor:
 
 
 class Noise(TorchFunctionMode):
-    """While a router runs: noise for its logits [n * T, E], at the last position of each row but the clean one."""
+    """A pass of n rows. While it is a router's mode, the router's logits [n * T, E] get noise at the last positions."""
 
-    def __init__(self, run, router, layer, tau):
+    def __init__(self, rows, draw):
         super().__init__()
-        self.run, self.kind, self.layer, self.tau = run, type(router).__name__, layer, tau
-        self.logits, self.chosen, self.again = None, [], iter(())
+        self.rows, self.draw, self.noise, self.ran = rows, draw, None, 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        out, run = func(*args, **(kwargs or {})), self.run
+        out = func(*args, **(kwargs or {}))
         if self.logits is None and func in (torch.nn.functional.linear, torch.mm, torch.matmul):
             out = out if self.kind == "Llama4Router" else out.float()  # whose experts multiply by what it makes of them
-            self.logits = out.view(run.rows, -1, out.shape[-1])[:, -1]
-            if run.noise is None:  # it is drawn once for all routers
-                run.noise = run.draw(out.shape[-1]).to(out.device)
-                run.noise[0] = 0
-            self.logits += self.tau * run.noise[:, self.layer].to(out.device)
+            self.logits = out.view(self.rows, -1, out.shape[-1])[:, -1]
+            if self.noise is None:  # it is drawn once for all routers
+                self.noise = self.draw(out.shape[-1]).to(out.device)
+                self.noise[0] = 0
+            self.logits += self.tau * self.noise[:, self.layer].to(out.device)
         elif isinstance(out, CHOICES) and (indices := next(self.again, None)) is not None:
             values = args[0].gather(-1, indices.view(*args[0].shape[:-1], -1)).view(indices.shape)
             return type(out)((values, indices))
@@ -77,79 +70,49 @@ class Noise(TorchFunctionMode):
         return out
 
 
-@torch.compiler.assume_constant_result  # so that it runs while torch.compile traces what calls it
-def refuse(compiling):
-    if compiling:
-        raise ValueError("a model with RoE does not run under torch.compile: leave it out, or call remove_roe first")
+class RoE(SimpleNamespace):
+    """What `add_roe` puts on a model as `model.roe`: settings, and hooks. A copy of the model has its own."""
 
+    @staticmethod
+    @torch.compiler.assume_constant_result  # which runs it while torch.compile traces
+    def refuse(compiling):
+        if compiling:
+            raise ValueError("a model with RoE does not run under torch.compile: leave it out, or call remove_roe")
 
-class RoE:
-    """What `add_roe` puts on a model, as `model.roe`: settings and hooks. A copy of the model has its own."""
-
-    def __init__(self, model, routers, rosters, tau, seed, weights):
-        self.rosters, self.tau, self.seed, self.weights, self.kind = (
-            rosters,
-            tau,
-            seed,
-            weights,
-            model.config.model_type,
-        )
-        base, self.noisy = model.base_model, [i for i in range(len(tau)) if tau[i] > 0 and rosters > 1]
-        self.names = [*inspect.signature(base.forward).parameters]
-        self.cache_name = "cache" if "cache" in self.names else "past_key_values"
-        self.configs = [*{id(part.config): part.config for part in model.modules() if hasattr(part, "config")}.values()]
-        for config in self.configs:
-            if config._attn_implementation in ATTENTION and model._can_set_attn_implementation():
-                config._attn_implementation_internal = ATTENTION[config._attn_implementation]
-        always = {"with_kwargs": True, "always_call": True}  # after an exception, too
-        self.hooks = [base.register_forward_pre_hook(self.before, with_kwargs=True)]
-        self.hooks.append(base.register_forward_hook(self.after, **always))
-        for i in self.noisy:
-            self.hooks.append(routers[i].register_forward_pre_hook(partial(self.before_router, i)))
-            self.hooks.append(routers[i].register_forward_hook(self.after_router, prepend=True, **always))
-
-    def before(self, _, args, kwargs):
-        refuse(torch.compiler.is_compiling())
+    def before(self, base, args, kwargs):
+        self.refuse(torch.compiler.is_compiling())
         given = dict(zip(self.names, args)) | kwargs
         x = next(given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None)
         caches = {name: value for name, value in given.items() if isinstance(value, Cache)}
-        known = all(type(c) is CleanCache and k in (self.cache_name, "past_key_values") for k, c in caches.items())
+        known = all(isinstance(caches[k], CleanCache) and k in (self.cache_name, "past_key_values") for k in caches)
         if len(x) > 1 and not (len(x) == self.rosters and known and (x == x[:1]).all()):
-            raise ValueError(
-                f"a batch must have one row, or {self.rosters} equal ones and a CleanCache for the rosters"
-            )
+            raise ValueError(f"a batch must have one row, or {self.rosters} equal ones and a CleanCache for them")
         length = 0
-        for history in caches.values() if known else ():
-            length = history.get_seq_length()
-            history.ids[length:] = x[0].tolist() if x.dim() == 2 else [None] * x.shape[1]  # embeddings
-            history.passes += len(x) > 1
-            ours = all(config._attn_implementation in ATTENTION.values() for config in self.configs)
-            history.folds = ours and x.shape[1] == 1
+        for cache in caches.values() if known else ():
+            length, ids = cache.get_seq_length(), x[0].tolist() if x.dim() == 2 else [None] * x.shape[1]
+            cache.ids, cache.passes = cache.ids[:length] + ids, cache.passes + (len(x) > 1)
+            cache.folds = x.shape[1] == 1 and all(c._attn_implementation in OURS.values() for c in self.configs)
         draw = partial(gumbel, self.seed, length + x.shape[1] - 1, self.rosters, len(self.tau))
-        RUN.set(SimpleNamespace(rows=len(x), draw=draw, noise=None, ran=0) if len(x) > 1 else None)
+        RUN.set(Noise(len(x), draw) if len(x) > 1 else None)
 
-    def after(self, _, args, kwargs, out):
-        run = RUN.get()
+    def after(self, base, args, out):
+        run, noisy = RUN.get(), sum(tau > 0 for tau in self.tau)
         RUN.set(None)
-        if run and out is not None and run.ran != len(self.noisy):
-            raise ValueError(
-                f"{self.kind} used {run.ran} of {len(self.noisy)} noisy routers; RoE cannot steer the others"
-            )
+        if run and out is not None and run.ran != noisy:  # without `out` an exception is on its way
+            raise ValueError(f"{self.kind} used {run.ran} of {noisy} noisy routers; RoE cannot steer the others")
 
-    def before_router(self, layer, router, args):
-        if run := RUN.get():
-            run.ran, run.mode = run.ran + 1, Noise(run, router, layer, self.tau[layer])
-            run.mode.__enter__()
-
-    def after_router(self, router, args, kwargs, out):
-        if run := RUN.get():
-            (mode := run.mode).__exit__(None, None, None)
-            clean = self.weights == "clean"
-            if out is not None and (mode.logits is None or (clean and not mode.chosen)):
-                raise ValueError(f"{mode.kind} shows RoE no logits or no top-k, as {self.weights} weights need it")
-            mode.again = iter(mode.chosen)
-            with mode:
-                return router.forward(*args, **kwargs) if clean and out is not None else out
+    def route(self, layer, router, args, kwargs, out):
+        if not (run := RUN.get()):
+            return out
+        run.kind, run.layer, run.tau, run.ran = type(router).__name__, layer, self.tau[layer], run.ran + 1
+        run.logits, run.chosen, run.again = None, [], iter(())
+        with run:
+            out = router.forward(*args, **kwargs)
+        if run.logits is None or self.weights == "clean" and not run.chosen:
+            raise ValueError(f"{run.kind} shows RoE no logits or no top-k, as {self.weights} weights need it")
+        run.again = iter(run.chosen)
+        with run:
+            return router.forward(*args, **kwargs) if self.weights == "clean" else out
 
 
 def read_tau(file):
@@ -181,7 +144,7 @@ def add_roe(model, rosters, tau=None, skip=1, seed=0, weights=WEIGHTS):
     if tau is None and model.name_or_path:
         commit = getattr(model.config, "_commit_hash", None)  # of models from the hub
         quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
-        file = cached_file(model.name_or_path, "tau.json", revision=commit, **quiet)
+        file = transformers.utils.cached_file(model.name_or_path, "tau.json", revision=commit, **quiet)
         tau = read_tau(file) if file else None
     tau = torch.as_tensor(TAU if tau is None else tau, dtype=torch.float64).tolist()
     tau = [tau if skip <= i < L - skip else 0.0 for i in range(L)] if isinstance(tau, float) else tau
@@ -191,7 +154,19 @@ def add_roe(model, rosters, tau=None, skip=1, seed=0, weights=WEIGHTS):
         needs = f"need whole numbers, of them >= 1, >= 0, {L} of 0-100, any, and clean or perturbed"
         raise ValueError(f"{rosters=}, {skip=}, {tau=}, {seed=}, {weights=}: {needs}")
     remove_roe(model)
-    model.roe = RoE(model, routers, operator.index(rosters), tau, operator.index(seed), weights)
+    base, seed = model.base_model, seed.__index__()
+    roe = model.roe = RoE(rosters=rosters.__index__(), tau=tau, seed=seed, weights=weights, kind=kind)
+    roe.names = [*inspect.signature(base.forward).parameters]
+    roe.cache_name = "cache" if "cache" in roe.names else "past_key_values"
+    roe.configs = [*{id(part.config): part.config for part in modules.values() if hasattr(part, "config")}.values()]
+    for config in roe.configs if model._can_set_attn_implementation() else ():
+        config._attn_implementation_internal = OURS.get(config._attn_implementation, config._attn_implementation)
+    roe.hooks = [base.register_forward_pre_hook(roe.before, with_kwargs=True)]
+    roe.hooks.append(base.register_forward_hook(roe.after, always_call=True))
+    for i in range(L) if rosters > 1 else ():
+        if tau[i] > 0:  # before what shards its output
+            hook = routers[i].register_forward_hook(partial(roe.route, i), with_kwargs=True, prepend=True)
+            roe.hooks.append(hook)
 
 
 def remove_roe(model):
@@ -200,26 +175,23 @@ def remove_roe(model):
         for hook in roe.hooks:
             hook.remove()
         for config in roe.configs:
-            names = {ours: name for name, ours in ATTENTION.items()}
-            config._attn_implementation_internal = names.get(config._attn_implementation, config._attn_implementation)
+            if config._attn_implementation in OURS.values():
+                config._attn_implementation_internal = config._attn_implementation.removeprefix("roe_")
 
 
 def unwrap(model):
     """The model of transformers in what wraps it, such as PEFT's adapters."""
     if hasattr(model, "prompt_encoder"):
-        raise ValueError("PEFT's learned prompts are not part of the model's text, on which RoE depends")
-    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+        raise ValueError("prompts that PEFT has learned are no tokens, and RoE needs to know every token's position")
+    return next(module for module in model.modules() if isinstance(module, transformers.PreTrainedModel))
 
 
 class CleanCache(DynamicCache):
     """The Clean Cache (section 2.3): keeps row 0, and hands every row the clean history with its own current tokens.
 
-    `ids`: the tokens it holds, once a model with RoE has read them. While it `folds`, n rows of one token each get one
-    row of keys and values: the history and their n own."""
+    `ids`: the tokens in it. While it `folds`, n rows of one token each are one row to it: the history and n own."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.ids, self.passes, self.folds = [], 0, False  # passes: of n rows
+    ids, passes, folds = [], 0, False  # passes: of n rows
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):  # of T new positions, [n, heads, T, D]
         n, _, T, _ = key_states.shape
@@ -240,27 +212,23 @@ def attend(name, module, query, key, value, attention_mask, *args, **kwargs):
     """A model's own attention function, by its name; n rows of one query each are one row of n queries to it.
 
     query [n, H, 1, D]; key, value [1, Hk, S + n, D], as `CleanCache` folds them: each row sees the history, as far as
-    the mask of row 0 lets it, and of the n positions its own. Returns [n, 1, H, D]
-    and what the function returns beside it, such as its weights [1, H, n, S + n]."""
+    the mask of row 0 lets it, and of the n others its own. Returns [n, 1, H, D], weights [1, H, n, S + n]."""
     own = next(m for c in type(module).__mro__ if hasattr(m := sys.modules[c.__module__], "ALL_ATTENTION_FUNCTIONS"))
     plain = own.ALL_ATTENTION_FUNCTIONS.get(name, vars(own).get("eager_attention_forward"))
-    n, S = len(query), key.shape[2] - len(query)
+    n, S, far = len(query), key.shape[2] - len(query), torch.finfo(query.dtype).min
     if n == len(key):
         return plain(module, query, key, value, attention_mask, *args, **kwargs)
-    if attention_mask is None:
-        attention_mask = query.new_ones(1, 1, 1, S, dtype=torch.bool)
-    own = torch.eye(n, dtype=torch.bool, device=query.device)
-    if attention_mask.dtype != torch.bool:  # it is added
-        own = torch.where(own, 0, torch.finfo(query.dtype).min).to(attention_mask.dtype)
-    history = attention_mask[:1, :, :, :S].expand(-1, -1, n, -1)
-    mask = torch.cat((history, own.expand(*history.shape[:2], n, n)), 3)
+    seen = query.new_zeros(1, 1, 1, S) if attention_mask is None else attention_mask[:1, :, :, :S]
+    seen = torch.where(seen, 0.0, far).to(query.dtype) if seen.dtype == torch.bool else seen
+    own = query.new_full((n, n), far).fill_diagonal_(0).expand(1, seen.shape[1], n, n)
+    mask = torch.cat((seen.expand(-1, -1, n, -1), own), 3)
     out, weights = plain(module, query.transpose(0, 2), key, value, mask, *args, **kwargs)
     return out.transpose(0, 1), weights
 
 
-for name, ours in ATTENTION.items():
-    AttentionInterface.register(ours, partial(attend, name))
-    AttentionMaskInterface.register(ours, AttentionMaskInterface()[name])
+for name, ours in OURS.items():
+    transformers.AttentionInterface.register(ours, partial(attend, name))
+    transformers.AttentionMaskInterface.register(ours, transformers.AttentionMaskInterface()[name])
 
 
 class EqualRows(Tensor):
@@ -276,7 +244,7 @@ class EqualRows(Tensor):
         return x[:1].expand_as(x).as_subclass(Tensor) if func in (torch.multinomial, torch.argmax) else x
 
 
-class Average(LogitsProcessor):
+class Average(transformers.LogitsProcessor):
     """Log of the rows' mean probability (section 3.1), in every row. `overruled` counts where row 0 chose otherwise.
 
     The clean row's normaliser is added, so that the scores of one roster are its logits, as later processors expect.
@@ -307,8 +275,7 @@ def generate(model, input_ids, attention_mask=None, cache=None, average=None, st
     roe, cache = model.roe, CleanCache(config=model.config) if cache is None else cache
     start, passes = cache.get_seq_length(), getattr(cache, "passes", None)
     if passes is None or start >= T or cache.ids[:start] != input_ids[0, :start].tolist():
-        what = f"it holds {start} tokens, the text has {T}"
-        raise ValueError(f"the cache must be a CleanCache with nothing, or with a beginning of the text: {what}")
+        raise ValueError(f"the cache must be a CleanCache with a beginning of the text, or empty; it holds {start}")
     cached = {roe.cache_name: cache, "use_cache": True}
     if start < T - 1:
         model.base_model(input_ids=input_ids[:, start:-1], **cached)
@@ -316,11 +283,10 @@ def generate(model, input_ids, attention_mask=None, cache=None, average=None, st
     options["streamer"] = streamer and SimpleNamespace(put=lambda ids: streamer.put(ids[:1]), end=streamer.end)
     input_ids = input_ids.repeat(roe.rosters, 1)
     out = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options | cached)
-    ids = out if isinstance(out, torch.Tensor) else out.sequences
-    if roe.noisy and cache.passes - passes != ids.shape[1] - T:
-        raise ValueError(
-            f"only {cache.passes - passes} of {ids.shape[1] - T} tokens had rosters: something goes past RoE"
-        )
+    ids = out if isinstance(out, Tensor) else out.sequences
+    new, passes = ids.shape[1] - T, cache.passes - passes
+    if len(roe.hooks) > 2 and passes != new:
+        raise ValueError(f"only {passes} of {new} tokens had rosters: something bypasses RoE")
     return ids[:1] if ids is out else out
 
 
@@ -340,9 +306,9 @@ if __name__ == "__main__":
             raise ValueError(f"--temperature must be 0 (greedy) or more, not {args.temperature}")
         tau = read_tau(args.tau) if args.tau and os.path.isfile(args.tau) else args.tau and float(args.tau)
         if "RANK" in os.environ:  # torchrun
-            where = {"distributed_config": DistributedConfig(tp_plan="auto")}
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, **where)
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
+            where = {"distributed_config": transformers.distributed.DistributedConfig(tp_plan="auto")}
+        model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, **where)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
         add_roe(model, args.rosters, tau, args.skip, args.seed, args.weights)
         text = sys.stdin.read() if args.prompt == "-" else args.prompt
         chat = [{"role": "user", "content": text}]
@@ -350,7 +316,7 @@ if __name__ == "__main__":
         ids = tokenizer(text, add_special_tokens=not args.chat, return_tensors="pt").input_ids.to(model.device)
         options = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
         options |= {"temperature": args.temperature, "top_p": args.top_p, "top_k": 0} if args.temperature > 0 else {}
-        text = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        text = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         cache, average = CleanCache(config=model.config), Average(args.seed)
         timed = SimpleNamespace(put=lambda ids: (times.append(time.perf_counter()), text.put(ids)), end=text.end)
         n = generate(model, ids, cache=cache, average=average, streamer=timed, **options).shape[1] - ids.shape[1]

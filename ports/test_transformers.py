@@ -140,9 +140,29 @@ def build(family, settings):
     return model
 
 
+# What transformers 5.0, the oldest version that the port is for, has otherwise than the newest
+OLDEST = transformers.__version__.startswith("5.0.")
+UNTESTED_IN_5_0 = {
+    "deepseek_v2": "the model itself fails",
+    "granitemoe": "no router stands beside `experts`",
+    "granitemoeshared": "no router stands beside `experts`",
+}
+REFUSE_CLEAN_IN_5_0 = (  # their routers return logits; the block chooses
+    "deepseek_v3",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "solar_open",
+    "dots1",
+    "hunyuan_v1_moe",
+    "aria_text",
+)
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request):
     rule, settings = FAMILIES[request.param]
+    if OLDEST and request.param in UNTESTED_IN_5_0:
+        pytest.skip(f"in transformers 5.0 {UNTESTED_IN_5_0[request.param]}")
     if request.param not in transformers.CONFIG_MAPPING:
         pytest.skip(f"transformers {transformers.__version__} has no {request.param}")
     return rule, build(request.param, settings)
@@ -178,8 +198,9 @@ def test_one_roster_and_no_noise_write_the_models_own_text(family):
 
 
 def noisy_routers(model):
-    hooks = lambda module: module._forward_hooks.values()
-    return [m for m in model.modules() if any(getattr(h, "__name__", "") == "after_router" for h in hooks(m))]
+    """The routers with a hook of RoE, in the order of the layers."""
+    of_roe = lambda hook: isinstance(hook, partial) and hook.func.__name__ == "route"
+    return [module for module in model.modules() if any(map(of_roe, module._forward_hooks.values()))]
 
 
 def weigh(rule, R, chosen, router):
@@ -216,11 +237,18 @@ def shift(stack, router, noise, rule, weights):
 
     def after(_, args, out):
         linear.weight.data, (R,) = plain, logits
-        if weights == "clean" and len(out) == 3:
-            return out[0], weigh(rule, R, out[2][0], router)[None], out[2]
-        if weights == "clean":  # Llama 4: the weights of all experts, 0 where they are not chosen
+        if weights == "perturbed":
+            return None
+        if all(
+            part.is_floating_point() for part in out
+        ):  # Llama 4: weights of all experts, 0 where they are not chosen
             chosen = out[0][0].nonzero()[:, 0]
             return torch.zeros_like(out[0]).scatter(1, chosen[None], weigh(rule, R, chosen, router)[None]), out[1]
+        ((chosen,),) = [part for part in out if not part.is_floating_point()]
+        own = weigh(rule, R, chosen, router)[None]
+        if places := [i for i, part in enumerate(out) if part.is_floating_point() and part.shape == own.shape]:
+            return *out[: places[0]], own, *out[places[0] + 1 :]
+        return torch.zeros_like(out[0]).scatter(1, chosen[None], own), *out[1:]
 
     inputs = linear if hasattr(router, "proj") else router  # Gemma 4 normalises x first
     stack.callback(inputs.register_forward_pre_hook(before).remove)
@@ -232,6 +260,10 @@ def test_every_row_equals_a_run_of_its_own(family, weights):
     rule, model = family
     n, tau = 4, 1.0
     port.add_roe(model, n, tau, seed=2, weights=weights)
+    if OLDEST and weights == "clean" and model.config.model_type in REFUSE_CLEAN_IN_5_0:
+        with pytest.raises(ValueError, match="no top-k, as clean weights need it"):
+            forward(model, IDS.repeat(n, 1), None)
+        return
     routers = noisy_routers(model)
     cache = port.CleanCache(config=model.config)
     forward(model, IDS[:, :-2], cache)
@@ -271,11 +303,11 @@ def test_the_history_is_there_once(family, attention, monkeypatch):
     forward(model, IDS[:, :-1], folding)
     forward(model, IDS[:, :-1], copying)
     ours = f"roe_{attention}"
-    seen, attend = [], port.AttentionInterface._global_mapping[ours]
+    seen, attend = [], transformers.AttentionInterface._global_mapping[ours]
     note = lambda module, query, key, *args, **kwargs: (
         seen.append((query.shape[0], key.shape[0])) or attend(module, query, key, *args, **kwargs)
     )
-    monkeypatch.setitem(port.AttentionInterface._global_mapping, ours, note)
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, ours, note)
     folded = forward(model, IDS[:, -1:].repeat(n, 1), folding)
     assert set(seen) == {(n, 1)}
     model.set_attn_implementation(attention)  # by its own name the model's function gets a copy for every row
@@ -310,7 +342,8 @@ def test_half_precision(family):
     expected, dtype = own_text(model), forward(model, IDS, None).dtype
     port.add_roe(model, 1)
     assert port.generate(model, IDS, max_new_tokens=NEW, do_sample=False).equal(expected)
-    for weights in ("clean", "perturbed"):
+    refuses = OLDEST and model.config.model_type in REFUSE_CLEAN_IN_5_0
+    for weights in ("perturbed",) if refuses else ("clean", "perturbed"):
         port.add_roe(model, 3, 1.0, weights=weights)
         logits = forward(model, IDS.repeat(3, 1), port.CleanCache(config=model.config))
         assert logits.dtype == dtype and logits.isfinite().all()
@@ -543,14 +576,14 @@ def test_a_cache_that_is_handed_over(noisy):
     hook.remove()
     assert answer.equal(port.generate(model, turn, **GREEDY))
     for other in (IDS, answer[:, : PROMPT + 8], torch.cat((IDS[:, :1] + 1, answer[:, 1:], IDS), 1)):
-        with pytest.raises(ValueError, match="^the cache must be .* 43 tokens"):
+        with pytest.raises(ValueError, match="^the cache must be .* it holds 44$"):
             port.generate(model, other, cache=cache, **GREEDY)
     with pytest.raises(ValueError, match="must be a CleanCache"):
         port.generate(model, IDS, cache=DynamicCache(config=model.config), **GREEDY)
     embedded = port.CleanCache(config=model.config)
     with torch.inference_mode():
         model(inputs_embeds=embed(IDS[:, :5]), **{cache_name(model): embedded})
-    with pytest.raises(ValueError, match="5 tokens"):  # whose ids nobody knows
+    with pytest.raises(ValueError, match="it holds 5$"):  # whose ids nobody knows
         port.generate(model, IDS, cache=embedded, **GREEDY)
 
 
@@ -590,7 +623,7 @@ def test_adapters_of_peft(noisy, adapted, first):
 def test_learned_prompts_of_peft_are_refused(mixtral):
     peft = pytest.importorskip("peft", reason="PEFT is not installed")
     model = peft.get_peft_model(mixtral, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    with pytest.raises(ValueError, match="learned prompts"):
+    with pytest.raises(ValueError, match="prompts that PEFT has learned"):
         port.add_roe(model, 3)
 
 
@@ -695,11 +728,7 @@ def test_an_error_leaves_no_noise_behind(noisy):
     hook.remove()
     x = torch.randn(3, 32)
     assert router(x)[0].equal(copy.deepcopy(router)(x)[0]) and port.RUN.get() is None
-    assert (
-        torch.overrides._len_torch_function_stack() == 0
-        if hasattr(torch.overrides, "_len_torch_function_stack")
-        else True
-    )
+    assert torch._C._len_torch_function_stack() == 0
     assert port.generate(model, IDS, **GREEDY).equal(expected)
 
 
@@ -777,6 +806,8 @@ def test_the_program(processes):
     from load import load
 
     if processes:
+        if OLDEST:
+            pytest.skip("transformers 5.0 asks for tensor parallelism otherwise")
         pytest.importorskip("accelerate", reason="transformers needs it for more than one process")
     model, tokenizer = load(None, "cpu", "float32")
     options = {"seed": 5, "max_new_tokens": 24, "temperature": 0.9, "top_p": 0.8}

@@ -1,15 +1,13 @@
 """Roster of Experts (RoE, arXiv 2509.17238) for Hugging Face transformers' mixture-of-experts models, in one file.
 
-    model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-30B-A3B", dtype="auto")
     add_roe(model, rosters=8)
     ids = generate(model, tokenizer("Why is the sky blue?", return_tensors="pt").input_ids)
 
 The n rosters of a token are n equal rows of a batch, and n queries to one history: that of row 0, the clean path (2.3).
 The others get noise in their routers (2.1), at the last position; the predictions of all are averaged (3.1). The noise
-is a function of seed and position, the one of roe.py: in float32 one seed is one text there and here.
-A router's own forward runs under a `TorchFunctionMode`, which sees all that it asks of torch: for its first product,
-the logits R, it is handed R + tau G, and what it makes of them are the "perturbed" weights. For "clean" ones it runs
-again without noise, but each top-k is made to choose as before: it gives its own weights to what noise chose."""
+is that of roe.py: in float32 one seed is one text there and here. A router's own forward runs once more in a mode that
+sees what it asks of torch: for its first product, the logits R, it is handed R + tau G. What it makes of them are the
+"perturbed" weights; for "clean" ones it runs without noise, and each top-k is made to choose what it chose with it."""
 
 import argparse
 import hashlib
@@ -26,7 +24,6 @@ from types import SimpleNamespace
 import torch
 import transformers
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 TAU, WEIGHTS = 0.2, "perturbed"  # the defaults; "clean" is the letter of equation 1
@@ -46,12 +43,10 @@ def gumbel(seed: int, position: int, *shape: int) -> Tensor:
     return -(-uniform.log()).log().float().view(shape)
 
 
-class Noise(TorchFunctionMode):
+class Noise(torch.overrides.TorchFunctionMode):
     """A pass of n rows. While it is a router's mode, the router's logits [n * T, E] get noise at the last positions."""
 
-    def __init__(self, rows, draw):
-        super().__init__()
-        self.rows, self.draw, self.noise, self.ran = rows, draw, None, 0
+    noise, ran = None, 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -73,34 +68,32 @@ class Noise(TorchFunctionMode):
 class RoE(SimpleNamespace):
     """What `add_roe` puts on a model as `model.roe`: settings, and hooks. A copy of the model has its own."""
 
-    @staticmethod
-    @torch.compiler.assume_constant_result  # which runs it while torch.compile traces
-    def refuse(compiling):
-        if compiling:
-            raise ValueError("a model with RoE does not run under torch.compile: leave it out, or call remove_roe")
-
+    @torch.compiler.disable
     def before(self, base, args, kwargs):
-        self.refuse(torch.compiler.is_compiling())
-        given = dict(zip(self.names, args)) | kwargs
-        x = next(given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None)
-        caches = {name: value for name, value in given.items() if isinstance(value, Cache)}
-        known = all(isinstance(caches[k], CleanCache) and k in (self.cache_name, "past_key_values") for k in caches)
+        x = next(x for x in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None)
+        caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
+        named = {name for name in kwargs if isinstance(kwargs[name], Cache)} <= {self.cache_name, "past_key_values"}
+        known = named and all(isinstance(cache, CleanCache) for cache in caches)  # others would keep all rows
         if len(x) > 1 and not (len(x) == self.rosters and known and (x == x[:1]).all()):
             raise ValueError(f"a batch must have one row, or {self.rosters} equal ones and a CleanCache for them")
         length = 0
-        for cache in caches.values() if known else ():
+        for cache in caches if known else ():
             length, ids = cache.get_seq_length(), x[0].tolist() if x.dim() == 2 else [None] * x.shape[1]
             cache.ids, cache.passes = cache.ids[:length] + ids, cache.passes + (len(x) > 1)
             cache.folds = x.shape[1] == 1 and all(c._attn_implementation in OURS.values() for c in self.configs)
-        draw = partial(gumbel, self.seed, length + x.shape[1] - 1, self.rosters, len(self.tau))
-        RUN.set(Noise(len(x), draw) if len(x) > 1 else None)
+        run = Noise()
+        run.rows = len(x)
+        run.draw = partial(gumbel, self.seed, length + x.shape[1] - 1, self.rosters, len(self.tau))
+        RUN.set(run if len(x) > 1 else None)
 
+    @torch.compiler.disable
     def after(self, base, args, out):
-        run, noisy = RUN.get(), sum(tau > 0 for tau in self.tau)
-        RUN.set(None)
+        run, noisy, _ = RUN.get(), len(self.hooks) - 2, RUN.set(None)
         if run and out is not None and run.ran != noisy:  # without `out` an exception is on its way
-            raise ValueError(f"{self.kind} used {run.ran} of {noisy} noisy routers; RoE cannot steer the others")
+            kind = base.config.model_type
+            raise ValueError(f"{kind} used {run.ran} of {noisy} noisy routers; RoE cannot steer the others")
 
+    @torch.compiler.disable
     def route(self, layer, router, args, kwargs, out):
         if not (run := RUN.get()):
             return out
@@ -115,22 +108,13 @@ class RoE(SimpleNamespace):
             return router.forward(*args, **kwargs) if self.weights == "clean" else out
 
 
-def read_tau(file):
-    """The temperatures in a JSON file: a list of numbers, one for each mixture layer."""
-    with open(file, "rb") as opened:
-        values = json.load(opened)
-    if type(values) is not list or not all(type(value) in (int, float) for value in values):
-        raise ValueError(f"{file} is not a JSON list of numbers")
-    return values
-
-
 def add_roe(model, rosters, tau=None, skip=1, seed=0, weights=WEIGHTS):
     """Makes a model route batches of `rosters` equal rows with noise (equation 1); one row stays what it is.
 
-    `tau`: of all mixture layers but the first and last `skip`, or one for each (2.2); None: as in a `tau.json` beside
-    the model, else 0.2. `weights` of the chosen experts: the router's for R + tau G ("perturbed") or its own,
-    for R ("clean"). `seed`: of the noise. Raises ValueError for a model that this cannot be right for, or arguments out
-    of range."""
+    `tau`: of all mixture layers but the first and last `skip`, or one for each (2.2), or the name of a JSON file with
+    these; None: `tau.json` beside the model, else 0.2. `weights` of the chosen experts: the router's, for R + tau G
+    ("perturbed") or for R ("clean"). `seed`: of the noise. Raises ValueError for arguments out of range, and for models
+    that this cannot be right for."""
     model = unwrap(model)
     kind, module, modules = model.config.model_type, sys.modules[type(model).__module__], dict(model.named_modules())
     odd = {type(layer) for layer in CleanCache(config=model.config).layers} - {DynamicLayer, DynamicSlidingWindowLayer}
@@ -144,29 +128,32 @@ def add_roe(model, rosters, tau=None, skip=1, seed=0, weights=WEIGHTS):
     if tau is None and model.name_or_path:
         commit = getattr(model.config, "_commit_hash", None)  # of models from the hub
         quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
-        file = transformers.utils.cached_file(model.name_or_path, "tau.json", revision=commit, **quiet)
-        tau = read_tau(file) if file else None
+        tau = transformers.utils.cached_file(model.name_or_path, "tau.json", revision=commit, **quiet)
+    if isinstance(file := tau, str):
+        with open(file, "rb") as opened:
+            tau = json.load(opened)
+        if type(tau) is not list or not all(type(value) in (int, float) for value in tau):
+            raise ValueError(f"{file} is not a JSON list of numbers")
     tau = torch.as_tensor(TAU if tau is None else tau, dtype=torch.float64).tolist()
     tau = [tau if skip <= i < L - skip else 0.0 for i in range(L)] if isinstance(tau, float) else tau
     whole = not any(isinstance(value, bool) or not hasattr(value, "__index__") for value in (rosters, skip, seed))
-    in_range = whole and rosters > 0 <= skip and len(tau) == L and all(0 <= value <= 100 for value in tau)
-    if not in_range or weights not in ("clean", "perturbed"):
-        needs = f"need whole numbers, of them >= 1, >= 0, {L} of 0-100, any, and clean or perturbed"
+    tau_in_range = len(tau) == L and all(0 <= value <= 100 for value in tau)
+    if not (whole and rosters > 0 <= skip and tau_in_range and weights in ("clean", "perturbed")):
+        needs = f"need whole numbers >= 1, >= 0, {L} numbers of 0-100, a whole number, clean or perturbed"
         raise ValueError(f"{rosters=}, {skip=}, {tau=}, {seed=}, {weights=}: {needs}")
     remove_roe(model)
-    base, seed = model.base_model, seed.__index__()
-    roe = model.roe = RoE(rosters=rosters.__index__(), tau=tau, seed=seed, weights=weights, kind=kind)
-    roe.names = [*inspect.signature(base.forward).parameters]
-    roe.cache_name = "cache" if "cache" in roe.names else "past_key_values"
+    roe = model.roe = RoE(rosters=rosters.__index__(), tau=tau, seed=seed.__index__(), weights=weights)
+    base, noisy = model.base_model, [i for i in range(L) if tau[i] > 0 and rosters > 1]
+    roe.cache_name = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
     roe.configs = [*{id(part.config): part.config for part in modules.values() if hasattr(part, "config")}.values()]
     for config in roe.configs if model._can_set_attn_implementation() else ():
         config._attn_implementation_internal = OURS.get(config._attn_implementation, config._attn_implementation)
     roe.hooks = [base.register_forward_pre_hook(roe.before, with_kwargs=True)]
     roe.hooks.append(base.register_forward_hook(roe.after, always_call=True))
-    for i in range(L) if rosters > 1 else ():
-        if tau[i] > 0:  # before what shards its output
-            hook = routers[i].register_forward_hook(partial(roe.route, i), with_kwargs=True, prepend=True)
-            roe.hooks.append(hook)
+    # before hooks that shard what a router returns
+    roe.hooks += [
+        routers[i].register_forward_hook(partial(roe.route, i), with_kwargs=True, prepend=True) for i in noisy
+    ]
 
 
 def remove_roe(model):
@@ -195,15 +182,10 @@ class CleanCache(DynamicCache):
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):  # of T new positions, [n, heads, T, D]
         n, _, T, _ = key_states.shape
-        if n > 1 and self.folds:
-            full = super().update(key_states.transpose(0, 2), value_states.transpose(0, 2), layer_idx, *args, **kwargs)
-            layer, end = self.layers[layer_idx], full[0].shape[2] - n + 1
-            start = max(0, end + 1 - layer.sliding_window) if layer.is_sliding else 0
-            layer.keys, layer.values = (kept[:, :, start:end] for kept in full)
-            if layer.is_sliding:
-                layer.cumulative_length -= n - 1
-            return full
         clean = super().update(key_states[:1], value_states[:1], layer_idx, *args, **kwargs)
+        if n > 1 and self.folds:
+            own = key_states[1:].transpose(0, 2), value_states[1:].transpose(0, 2)
+            return torch.cat((clean[0], own[0]), 2), torch.cat((clean[1], own[1]), 2)
         rows = [kept[:, :, : kept.shape[2] - T].expand(n, -1, -1, -1) for kept in clean]
         return clean if n == 1 else (torch.cat((rows[0], key_states), 2), torch.cat((rows[1], value_states), 2))
 
@@ -213,8 +195,7 @@ def attend(name, module, query, key, value, attention_mask, *args, **kwargs):
 
     query [n, H, 1, D]; key, value [1, Hk, S + n, D], as `CleanCache` folds them: each row sees the history, as far as
     the mask of row 0 lets it, and of the n others its own. Returns [n, 1, H, D], weights [1, H, n, S + n]."""
-    own = next(m for c in type(module).__mro__ if hasattr(m := sys.modules[c.__module__], "ALL_ATTENTION_FUNCTIONS"))
-    plain = own.ALL_ATTENTION_FUNCTIONS.get(name, vars(own).get("eager_attention_forward"))
+    plain = transformers.AttentionInterface().get(name) or sys.modules[type(module).__module__].eager_attention_forward
     n, S, far = len(query), key.shape[2] - len(query), torch.finfo(query.dtype).min
     if n == len(key):
         return plain(module, query, key, value, attention_mask, *args, **kwargs)
@@ -236,12 +217,13 @@ class EqualRows(Tensor):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        x, noise = super().__torch_function__(func, types, args, kwargs), getattr(args[0], "noise", None)
+        if func is torch.multinomial:  # args[0]: the probabilities
+            noisy = args[0][0].as_subclass(Tensor).log() + args[0].noise().to(args[0].device)
+            return noisy.argmax().repeat(len(args[0]), 1)
+        x = super().__torch_function__(func, types, args, kwargs)
         if isinstance(x, cls):
-            x.noise = noise
-        if func is torch.multinomial and noise:  # args[0]: the probabilities
-            x[:] = (args[0][0].as_subclass(Tensor).log() + noise().to(x.device)).argmax()
-        return x[:1].expand_as(x).as_subclass(Tensor) if func in (torch.multinomial, torch.argmax) else x
+            x.noise = getattr(args[0], "noise", None)
+        return x.as_subclass(Tensor) if func is torch.argmax else x
 
 
 class Average(transformers.LogitsProcessor):
@@ -264,13 +246,13 @@ class Average(transformers.LogitsProcessor):
 
 @torch.inference_mode()
 def generate(model, input_ids, attention_mask=None, cache=None, average=None, streamer=None, **options):
-    """Continues one text, ids [1, T], with the rosters of `add_roe`: reads it with one row, writes with n.
+    """Continues one text, ids [1, T], with the rosters of `add_roe`: reads with one row, writes with n.
 
-    Takes what `model.generate` takes, and a `CleanCache` or an `Average` to look at afterwards; returns ids [1, T + new
-    ones], or with return_dict_in_generate n rows of all."""
+    Takes what `model.generate` takes, a `CleanCache` with a beginning of the text, and an `Average` to look at; returns
+    ids [1, T + new ones], or with return_dict_in_generate n rows of all."""
     model, T = unwrap(model), input_ids.shape[1]
-    one_text = len(input_ids) == 1 and T and (attention_mask is None or attention_mask.all())
-    if not hasattr(model, "roe") or not one_text:
+    padded = attention_mask is not None and not attention_mask.all()
+    if not hasattr(model, "roe") or len(input_ids) != 1 or T == 0 or padded:
         raise ValueError("generate continues one text, ids [1, T >= 1] without padding, with a model after add_roe")
     roe, cache = model.roe, CleanCache(config=model.config) if cache is None else cache
     start, passes = cache.get_seq_length(), getattr(cache, "passes", None)
@@ -284,9 +266,8 @@ def generate(model, input_ids, attention_mask=None, cache=None, average=None, st
     input_ids = input_ids.repeat(roe.rosters, 1)
     out = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options | cached)
     ids = out if isinstance(out, Tensor) else out.sequences
-    new, passes = ids.shape[1] - T, cache.passes - passes
-    if len(roe.hooks) > 2 and passes != new:
-        raise ValueError(f"only {passes} of {new} tokens had rosters: something bypasses RoE")
+    if len(roe.hooks) > 2 and cache.passes - passes != ids.shape[1] - T:
+        raise ValueError("not every token had rosters: something goes past the hooks of RoE")
     return ids[:1] if ids is out else out
 
 
@@ -304,7 +285,7 @@ if __name__ == "__main__":
     try:
         if not args.temperature >= 0:
             raise ValueError(f"--temperature must be 0 (greedy) or more, not {args.temperature}")
-        tau = read_tau(args.tau) if args.tau and os.path.isfile(args.tau) else args.tau and float(args.tau)
+        tau = args.tau if args.tau is None or os.path.isfile(args.tau) else float(args.tau)
         if "RANK" in os.environ:  # torchrun
             where = {"distributed_config": transformers.distributed.DistributedConfig(tp_plan="auto")}
         model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, **where)

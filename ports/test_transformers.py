@@ -338,6 +338,8 @@ def test_removal_leaves_no_trace(family):
 def test_half_precision(family):
     """Noise changes no types: bfloat16 models, some of whose routers compute in float32, go on as without it."""
     _, model = family
+    if OLDEST and model.config.model_type == "aria_text":
+        pytest.skip("in transformers 5.0 its experts take no weights in float32, and say so")
     model = copy.deepcopy(model).bfloat16()
     expected, dtype = own_text(model), forward(model, IDS, None).dtype
     port.add_roe(model, 1)
@@ -660,16 +662,13 @@ def test_copies_and_files_have_a_roe_of_their_own(noisy, tmp_path):
     assert "roe" not in (tmp_path / "config.json").read_text()
 
 
-def test_torch_compile_is_refused_at_once(noisy):
-    model, expected = noisy
-    compiled = torch.compile(model, backend="eager")
-    sentence = "^ValueError: a model with RoE does not run under torch.compile"
-    with pytest.raises(RuntimeError, match=sentence):
-        compiled(IDS)
-    assert port.generate(compiled, IDS, **GREEDY).equal(expected)  # with the model in it
-    model.compile(backend="eager")
-    with pytest.raises(RuntimeError, match=sentence):
-        port.generate(model, IDS, **GREEDY)
+@pytest.mark.parametrize("weights", ["perturbed", "clean"])
+def test_torch_compile_changes_nothing(mixtral, weights):
+    port.add_roe(mixtral, 3, 1.0, weights=weights)
+    expected = port.generate(mixtral, IDS, **GREEDY)
+    mixtral.compile(backend="eager")
+    for _ in range(2):
+        assert port.generate(mixtral, IDS, **GREEDY).equal(expected)
     torch.compiler.reset()
 
 
@@ -703,7 +702,7 @@ def test_what_goes_past_the_hooks_is_noticed(noisy):
             return self.inner.forward(*args, **kwargs)  # not by a call, with which hooks run
 
     model.model = Wrapped(model.model)
-    with pytest.raises(ValueError, match="only 0 of 10 tokens had rosters"):
+    with pytest.raises(ValueError, match="not every token had rosters"):
         port.generate(model, IDS, **GREEDY)
 
 

@@ -27,14 +27,13 @@ def roster_keys(seed, position, rosters):
     return mx.random.split(key, 1) ^ mx.stack([mx.random.key(roster) for roster in range(rosters)])
 
 
-def gumbel(seed, position, rosters, layers, experts):
-    """The noise of a token: i.i.d. Gumbel(0, 1), G [rosters - 1, layers, experts], float32.
+def gumbel(seed, position, rosters, *shape):
+    """The noise of a token: i.i.d. Gumbel(0, 1) [rosters, *shape], for rosters [n, L, E]; float32.
 
-    Rosters have keys of their own, so that those of m are the first of n; there is none for the clean one. All noise
-    comes from here. The numbers are MLX's, not those of roe.py.
+    Rosters have keys of their own, so that those of m are the first of n. All noise comes from here. The numbers are
+    MLX's, not those of roe.py.
     """
-    noise = mx.vmap(lambda key: mx.random.gumbel((layers, experts), key=key))
-    return noise(roster_keys(seed, position, rosters))[1:]
+    return mx.vmap(lambda key: mx.random.gumbel(shape, key=key))(roster_keys(seed, position, rosters))
 
 
 class CleanCache:
@@ -84,7 +83,7 @@ def add_roe(model, rosters, tau=0.2, skip=1, seed=0):
         if roe.rows == 1:
             return logits
         by_row = logits.reshape(roe.rows, -1, logits.shape[-1])  # some models flatten rows and positions
-        return by_row.at[1:, -1].add(roe.noise[:, self.layer].astype(logits.dtype)).reshape(logits.shape)
+        return by_row.at[:, -1].add(roe.noise[:, self.layer].astype(logits.dtype)).reshape(logits.shape)
 
     def forward(self, inputs, *, cache=None, **kwargs):
         roe.rows = len(inputs)
@@ -92,7 +91,9 @@ def add_roe(model, rosters, tau=0.2, skip=1, seed=0):
             if roe.rows != rosters or (inputs != inputs[:1]).any():
                 raise ValueError(f"a batch must have one row, or {rosters} equal ones for the rosters")
             position = inputs.shape[1] - 1 + (cache[0].offset if cache else 0)
-            roe.noise = mx.array(tau)[:, None] * gumbel(seed, position, rosters, L, len(routers[0].weight))
+            noise = gumbel(seed, position, rosters, L, len(routers[0].weight))
+            noise[0] = 0  # row 0 is the clean path
+            roe.noise = mx.array(tau)[:, None] * noise
         return type(self).__base__.__call__(self, inputs, cache=cache, **kwargs)
 
     noisy_routers = [(router, noisy, layer) for layer, router in enumerate(routers) if tau[layer] > 0]

@@ -663,6 +663,7 @@ def test_copies_and_files_have_a_roe_of_their_own(noisy, tmp_path):
 
 
 @pytest.mark.parametrize("weights", ["perturbed", "clean"])
+@pytest.mark.skipif(OLDEST, reason="transformers 5.0 cannot compile its mixtures in float32, with RoE or without")
 def test_torch_compile_changes_nothing(mixtral, weights):
     port.add_roe(mixtral, 3, 1.0, weights=weights)
     expected = port.generate(mixtral, IDS, **GREEDY)

@@ -3,11 +3,10 @@
     add_roe(model, rosters=8)
     ids = generate(model, tokenizer("Why is the sky blue?", return_tensors="pt").input_ids)
 
-The n rosters of a token are n equal rows of a batch, and n queries to one history: that of row 0, the clean path (2.3).
-The others get noise in their routers (2.1), at the last position; the predictions of all are averaged (3.1). The noise
-is that of roe.py: in float32 one seed is one text there and here. A router's own forward runs once more in a mode that
-sees what it asks of torch: for its first product, the logits R, it is handed R + tau G. What it makes of them are the
-"perturbed" weights; for "clean" ones it runs without noise, and each top-k is made to choose what it chose with it."""
+The n rosters of a token are n equal rows, and n queries to one history: that of row 0, the clean path (2.3). The
+others get noise in their routers (2.1), at the last position; the predictions of all are averaged (3.1). A router runs
+once more in a mode that sees what it asks of torch: its first product, the logits R, becomes R + tau G, and what it
+makes of them are "perturbed" weights. For "clean" ones it then runs without noise, but its top-k choose as before."""
 
 import argparse
 import hashlib
@@ -52,10 +51,10 @@ class Noise(torch.overrides.TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         if self.logits is None and func in (torch.nn.functional.linear, torch.mm, torch.matmul):
             out = out if self.kind == "Llama4Router" else out.float()  # whose experts multiply by what it makes of them
-            self.logits = out.view(self.rows, -1, out.shape[-1])[:, -1]
             if self.noise is None:  # it is drawn once for all routers
                 self.noise = self.draw(out.shape[-1]).to(out.device)
                 self.noise[0] = 0
+            self.logits = out.view(len(self.noise), -1, out.shape[-1])[:, -1]
             self.logits += self.tau * self.noise[:, self.layer].to(out.device)
         elif isinstance(out, CHOICES) and (indices := next(self.again, None)) is not None:
             values = args[0].gather(-1, indices.view(*args[0].shape[:-1], -1)).view(indices.shape)
@@ -76,22 +75,20 @@ class RoE(SimpleNamespace):
         known = named and all(isinstance(cache, CleanCache) for cache in caches)  # others would keep all rows
         if len(x) > 1 and not (len(x) == self.rosters and known and (x == x[:1]).all()):
             raise ValueError(f"a batch must have one row, or {self.rosters} equal ones and a CleanCache for them")
-        length = 0
+        length = caches[0].get_seq_length() if caches else 0
         for cache in caches if known else ():
-            length, ids = cache.get_seq_length(), x[0].tolist() if x.dim() == 2 else [None] * x.shape[1]
-            cache.ids, cache.passes = cache.ids[:length] + ids, cache.passes + (len(x) > 1)
+            cache.ids = cache.ids[:length] + (x[0].tolist() if x.dim() == 2 else [None] * x.shape[1])
             cache.folds = x.shape[1] == 1 and all(c._attn_implementation in OURS.values() for c in self.configs)
         run = Noise()
-        run.rows = len(x)
         run.draw = partial(gumbel, self.seed, length + x.shape[1] - 1, self.rosters, len(self.tau))
         RUN.set(run if len(x) > 1 else None)
 
-    @torch.compiler.disable
     def after(self, base, args, out):
         run, noisy, _ = RUN.get(), len(self.hooks) - 2, RUN.set(None)
         if run and out is not None and run.ran != noisy:  # without `out` an exception is on its way
-            kind = base.config.model_type
-            raise ValueError(f"{kind} used {run.ran} of {noisy} noisy routers; RoE cannot steer the others")
+            raise ValueError(
+                f"{base.config.model_type} used {run.ran} of {noisy} noisy routers; the others are beyond RoE"
+            )
 
     @torch.compiler.disable
     def route(self, layer, router, args, kwargs, out):
@@ -111,10 +108,9 @@ class RoE(SimpleNamespace):
 def add_roe(model, rosters, tau=None, skip=1, seed=0, weights=WEIGHTS):
     """Makes a model route batches of `rosters` equal rows with noise (equation 1); one row stays what it is.
 
-    `tau`: of all mixture layers but the first and last `skip`, or one for each (2.2), or the name of a JSON file with
-    these; None: `tau.json` beside the model, else 0.2. `weights` of the chosen experts: the router's, for R + tau G
-    ("perturbed") or for R ("clean"). `seed`: of the noise. Raises ValueError for arguments out of range, and for models
-    that this cannot be right for."""
+    `tau`: of all mixture layers but the first and last `skip`, or one for each (2.2), or a JSON file's name; None: that
+    of `tau.json` beside the model, else 0.2. `weights` of what is chosen: for R + tau G ("perturbed") or R ("clean").
+    Raises ValueError for arguments out of range, and models that this cannot be right for."""
     model = unwrap(model)
     kind, module, modules = model.config.model_type, sys.modules[type(model).__module__], dict(model.named_modules())
     odd = {type(layer) for layer in CleanCache(config=model.config).layers} - {DynamicLayer, DynamicSlidingWindowLayer}
@@ -139,8 +135,8 @@ def add_roe(model, rosters, tau=None, skip=1, seed=0, weights=WEIGHTS):
     whole = not any(isinstance(value, bool) or not hasattr(value, "__index__") for value in (rosters, skip, seed))
     tau_in_range = len(tau) == L and all(0 <= value <= 100 for value in tau)
     if not (whole and rosters > 0 <= skip and tau_in_range and weights in ("clean", "perturbed")):
-        needs = f"need whole numbers >= 1, >= 0, {L} numbers of 0-100, a whole number, clean or perturbed"
-        raise ValueError(f"{rosters=}, {skip=}, {tau=}, {seed=}, {weights=}: {needs}")
+        needs = f"whole numbers >= 1, >= 0, {L} of 0 to 100, a whole number, clean or perturbed"
+        raise ValueError(f"{rosters=}, {skip=}, {tau=}, {seed=}, {weights=}: need {needs}")
     remove_roe(model)
     roe = model.roe = RoE(rosters=rosters.__index__(), tau=tau, seed=seed.__index__(), weights=weights)
     base, noisy = model.base_model, [i for i in range(L) if tau[i] > 0 and rosters > 1]
@@ -150,10 +146,8 @@ def add_roe(model, rosters, tau=None, skip=1, seed=0, weights=WEIGHTS):
         config._attn_implementation_internal = OURS.get(config._attn_implementation, config._attn_implementation)
     roe.hooks = [base.register_forward_pre_hook(roe.before, with_kwargs=True)]
     roe.hooks.append(base.register_forward_hook(roe.after, always_call=True))
-    # before hooks that shard what a router returns
-    roe.hooks += [
-        routers[i].register_forward_hook(partial(roe.route, i), with_kwargs=True, prepend=True) for i in noisy
-    ]
+    first = {"with_kwargs": True, "prepend": True}  # before hooks that shard what a router returns
+    roe.hooks += [routers[i].register_forward_hook(partial(roe.route, i), **first) for i in noisy]
 
 
 def remove_roe(model):
@@ -174,11 +168,11 @@ def unwrap(model):
 
 
 class CleanCache(DynamicCache):
-    """The Clean Cache (section 2.3): keeps row 0, and hands every row the clean history with its own current tokens.
+    """The Clean Cache (section 2.3): keeps row 0, and hands each row the clean history with its own current tokens.
 
-    `ids`: the tokens in it. While it `folds`, n rows of one token each are one row to it: the history and n own."""
+    While it `folds`, n rows of one token get one row: the history and all n own. `ids`: the tokens that it holds."""
 
-    ids, passes, folds = [], 0, False  # passes: of n rows
+    ids, folds = [], False
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):  # of T new positions, [n, heads, T, D]
         n, _, T, _ = key_states.shape
@@ -191,10 +185,9 @@ class CleanCache(DynamicCache):
 
 
 def attend(name, module, query, key, value, attention_mask, *args, **kwargs):
-    """A model's own attention function, by its name; n rows of one query each are one row of n queries to it.
-
-    query [n, H, 1, D]; key, value [1, Hk, S + n, D], as `CleanCache` folds them: each row sees the history, as far as
-    the mask of row 0 lets it, and of the n others its own. Returns [n, 1, H, D], weights [1, H, n, S + n]."""
+    """The attention function of a name, to which n rows of one query each are one row of n: query [n, H, 1, D], key and
+    value [1, Hk, S + n, D] as `CleanCache` folds them. A row sees what row 0's mask shows of the history, and of the n
+    last positions its own. Returns [n, 1, H, D] and weights, [1, H, n, S + n] or None."""
     plain = transformers.AttentionInterface().get(name) or sys.modules[type(module).__module__].eager_attention_forward
     n, S, far = len(query), key.shape[2] - len(query), torch.finfo(query.dtype).min
     if n == len(key):
@@ -227,10 +220,8 @@ class EqualRows(Tensor):
 
 
 class Average(transformers.LogitsProcessor):
-    """Log of the rows' mean probability (section 3.1), in every row. `overruled` counts where row 0 chose otherwise.
-
-    The clean row's normaliser is added, so that the scores of one roster are its logits, as later processors expect.
-    Samples are drawn from it by seed and position, as roe.py draws them."""
+    """Log of the rows' mean probability (section 3.1) plus the clean row's normaliser, in every row: of one roster, its
+    logits. Samples are drawn from it as in roe.py. `overruled` counts where row 0 chose otherwise."""
 
     def __init__(self, seed=0):
         self.seed, self.overruled = seed, 0
@@ -246,17 +237,16 @@ class Average(transformers.LogitsProcessor):
 
 @torch.inference_mode()
 def generate(model, input_ids, attention_mask=None, cache=None, average=None, streamer=None, **options):
-    """Continues one text, ids [1, T], with the rosters of `add_roe`: reads with one row, writes with n.
-
-    Takes what `model.generate` takes, a `CleanCache` with a beginning of the text, and an `Average` to look at; returns
-    ids [1, T + new ones], or with return_dict_in_generate n rows of all."""
+    """Continues one text, ids [1, T], with the rosters of `add_roe`: reads with one row what its `CleanCache` does not
+    hold yet, writes with n. Takes what `model.generate` takes, and an `Average` to look at; returns ids [1, T + new
+    ones], or with return_dict_in_generate n rows of all."""
     model, T = unwrap(model), input_ids.shape[1]
     padded = attention_mask is not None and not attention_mask.all()
     if not hasattr(model, "roe") or len(input_ids) != 1 or T == 0 or padded:
         raise ValueError("generate continues one text, ids [1, T >= 1] without padding, with a model after add_roe")
     roe, cache = model.roe, CleanCache(config=model.config) if cache is None else cache
-    start, passes = cache.get_seq_length(), getattr(cache, "passes", None)
-    if passes is None or start >= T or cache.ids[:start] != input_ids[0, :start].tolist():
+    start = cache.get_seq_length()
+    if not isinstance(cache, CleanCache) or start >= T or cache.ids[:start] != input_ids[0, :start].tolist():
         raise ValueError(f"the cache must be a CleanCache with a beginning of the text, or empty; it holds {start}")
     cached = {roe.cache_name: cache, "use_cache": True}
     if start < T - 1:
@@ -265,10 +255,9 @@ def generate(model, input_ids, attention_mask=None, cache=None, average=None, st
     options["streamer"] = streamer and SimpleNamespace(put=lambda ids: streamer.put(ids[:1]), end=streamer.end)
     input_ids = input_ids.repeat(roe.rosters, 1)
     out = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options | cached)
-    ids = out if isinstance(out, Tensor) else out.sequences
-    if len(roe.hooks) > 2 and cache.passes - passes != ids.shape[1] - T:
+    if len(cache.ids) != cache.get_seq_length():
         raise ValueError("not every token had rosters: something goes past the hooks of RoE")
-    return ids[:1] if ids is out else out
+    return out[:1] if isinstance(out, Tensor) else out
 
 
 if __name__ == "__main__":

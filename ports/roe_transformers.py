@@ -27,7 +27,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 TAU, WEIGHTS = 0.2, "perturbed"  # the defaults; "clean" is the letter of equation 1
 CHOICES = torch.return_types.topk, torch.return_types.max
-RUN = ContextVar("the forward pass with rosters that a thread is in", default=None)
+RUN, DRAW = ContextVar("a thread's pass of n rows", default=None), ContextVar("the noise of its next sample")
 OURS = {"sdpa": "roe_sdpa", "eager": "roe_eager"}  # names of attention functions that take any mask, and of ours
 
 
@@ -86,9 +86,7 @@ class RoE(SimpleNamespace):
     def after(self, base, args, out):
         run, noisy, _ = RUN.get(), len(self.hooks) - 2, RUN.set(None)
         if run and out is not None and run.ran != noisy:  # without `out` an exception is on its way
-            raise ValueError(
-                f"{base.config.model_type} used {run.ran} of {noisy} noisy routers; the others are beyond RoE"
-            )
+            raise ValueError(f"{base.config.model_type} used {run.ran} of {noisy} noisy routers; RoE misses the others")
 
     @torch.compiler.disable
     def route(self, layer, router, args, kwargs, out):
@@ -107,7 +105,6 @@ class RoE(SimpleNamespace):
 
 def add_roe(model, rosters, tau=None, skip=1, seed=0, weights=WEIGHTS):
     """Makes a model route batches of `rosters` equal rows with noise (equation 1); one row stays what it is.
-
     `tau`: of all mixture layers but the first and last `skip`, or one for each (2.2), or a JSON file's name; None: that
     of `tau.json` beside the model, else 0.2. `weights` of what is chosen: for R + tau G ("perturbed") or R ("clean").
     Raises ValueError for arguments out of range, and models that this cannot be right for."""
@@ -135,8 +132,7 @@ def add_roe(model, rosters, tau=None, skip=1, seed=0, weights=WEIGHTS):
     whole = not any(isinstance(value, bool) or not hasattr(value, "__index__") for value in (rosters, skip, seed))
     tau_in_range = len(tau) == L and all(0 <= value <= 100 for value in tau)
     if not (whole and rosters > 0 <= skip and tau_in_range and weights in ("clean", "perturbed")):
-        needs = f"whole numbers >= 1, >= 0, {L} of 0 to 100, a whole number, clean or perturbed"
-        raise ValueError(f"{rosters=}, {skip=}, {tau=}, {seed=}, {weights=}: need {needs}")
+        raise ValueError(f"{rosters=}, {skip=}, {tau=}, {seed=}, {weights=}: need whole >= 1, >= 0, {L} of 0-100")
     remove_roe(model)
     roe = model.roe = RoE(rosters=rosters.__index__(), tau=tau, seed=seed.__index__(), weights=weights)
     base, noisy = model.base_model, [i for i in range(L) if tau[i] > 0 and rosters > 1]
@@ -144,10 +140,10 @@ def add_roe(model, rosters, tau=None, skip=1, seed=0, weights=WEIGHTS):
     roe.configs = [*{id(part.config): part.config for part in modules.values() if hasattr(part, "config")}.values()]
     for config in roe.configs if model._can_set_attn_implementation() else ():
         config._attn_implementation_internal = OURS.get(config._attn_implementation, config._attn_implementation)
-    roe.hooks = [base.register_forward_pre_hook(roe.before, with_kwargs=True)]
-    roe.hooks.append(base.register_forward_hook(roe.after, always_call=True))
     first = {"with_kwargs": True, "prepend": True}  # before hooks that shard what a router returns
-    roe.hooks += [routers[i].register_forward_hook(partial(roe.route, i), **first) for i in noisy]
+    roe.hooks = [routers[i].register_forward_hook(partial(roe.route, i), **first) for i in noisy]
+    roe.hooks.append(base.register_forward_pre_hook(roe.before, with_kwargs=True))
+    roe.hooks.append(base.register_forward_hook(roe.after, always_call=True))
 
 
 def remove_roe(model):
@@ -168,9 +164,8 @@ def unwrap(model):
 
 
 class CleanCache(DynamicCache):
-    """The Clean Cache (section 2.3): keeps row 0, and hands each row the clean history with its own current tokens.
-
-    While it `folds`, n rows of one token get one row: the history and all n own. `ids`: the tokens that it holds."""
+    """The Clean Cache (section 2.3): keeps row 0, and hands each row the clean history with its own new tokens. While
+    it `folds`, n rows of one token get one row: the history and all n own. `ids`: the tokens that it holds."""
 
     ids, folds = [], False
 
@@ -211,11 +206,9 @@ class EqualRows(Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if func is torch.multinomial:  # args[0]: the probabilities
-            noisy = args[0][0].as_subclass(Tensor).log() + args[0].noise().to(args[0].device)
+            noisy = args[0][0].as_subclass(Tensor).log() + DRAW.get()().to(args[0].device)
             return noisy.argmax().repeat(len(args[0]), 1)
         x = super().__torch_function__(func, types, args, kwargs)
-        if isinstance(x, cls):
-            x.noise = getattr(args[0], "noise", None)
         return x.as_subclass(Tensor) if func is torch.argmax else x
 
 
@@ -230,9 +223,8 @@ class Average(transformers.LogitsProcessor):
         norms = (scores := scores.float()).logsumexp(-1, keepdim=True)
         mean = (scores - (norms - norms[0])).logsumexp(0) - math.log(len(scores))
         self.overruled = self.overruled + (mean.argmax() != scores[0].argmax())
-        rows = mean.repeat(len(scores), 1).as_subclass(EqualRows)
-        rows.noise = lambda: gumbel(self.seed, -input_ids.shape[1], len(mean))
-        return rows
+        DRAW.set(partial(gumbel, self.seed, -input_ids.shape[1], len(mean)))
+        return mean.repeat(len(scores), 1).as_subclass(EqualRows)
 
 
 @torch.inference_mode()
@@ -253,8 +245,8 @@ def generate(model, input_ids, attention_mask=None, cache=None, average=None, st
         model.base_model(input_ids=input_ids[:, start:-1], **cached)
     options["logits_processor"] = [average or Average(roe.seed), *(options.get("logits_processor") or [])]
     options["streamer"] = streamer and SimpleNamespace(put=lambda ids: streamer.put(ids[:1]), end=streamer.end)
-    input_ids = input_ids.repeat(roe.rosters, 1)
-    out = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options | cached)
+    rows = input_ids.repeat(roe.rosters, 1)
+    out = model.generate(rows, attention_mask=torch.ones_like(rows), **options | cached)
     if len(cache.ids) != cache.get_seq_length():
         raise ValueError("not every token had rosters: something goes past the hooks of RoE")
     return out[:1] if isinstance(out, Tensor) else out

@@ -507,10 +507,10 @@ def test_average():
     scores = torch.randn(5, 64) * 3
     average = port.Average()
     expected = scores.softmax(-1).mean(0)
-    got = average(None, scores)
+    got = average(IDS, scores)
     torch.testing.assert_close(got.as_subclass(torch.Tensor).softmax(-1), expected.repeat(5, 1))
     assert torch.isclose(got[0].logsumexp(0), scores[0].logsumexp(0))
-    assert port.Average()(None, scores[:1]).equal(scores[:1])  # of one roster, the logits themselves
+    assert port.Average()(IDS, scores[:1]).equal(scores[:1])  # of one roster, the logits themselves
     assert average.overruled == (expected.argmax() != scores[0].argmax())
 
 

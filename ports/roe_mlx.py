@@ -149,7 +149,7 @@ def read_tau(argument):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Roster of Experts for mlx-lm models.")
     parser.error = lambda message: parser.exit(2, f"roe_mlx.py: error: {' '.join(str(message).split())}\n")
     parser.add_argument("--model", required=True, help="hub id or directory")
     parser.add_argument("--prompt", required=True, help="- reads it from standard input")

@@ -34,8 +34,8 @@ OURS = {"sdpa": "roe_sdpa", "eager": "roe_eager"}  # names of attention function
 def gumbel(seed: int, position: int, *shape: int) -> Tensor:
     """The noise of a token: i.i.d. Gumbel(0, 1) of any shape, for rosters [n, L, E]; float32, on the CPU.
 
-    It is a hash of the seed and of the token's position in its text, and depends on nothing else. A shorter hash begins
-    a longer one, so that the noise of m rosters is that of the first m of n. All noise comes from here.
+    Its bytes are the endless SHAKE-128 stream of the seed and of the token's position in its text. Fewer rosters read
+    less of it, so that the noise of m rosters is that of the first m of n. All noise comes from here.
     """
     digest = hashlib.shake_128(f"{seed:d} {position:d}".encode()).digest(4 * math.prod(shape))
     uniform = (torch.frombuffer(bytearray(digest), dtype=torch.int32).double() + 2**31 + 0.5) / 2**32  # never 0 or 1
@@ -253,7 +253,8 @@ def generate(model, input_ids, attention_mask=None, cache=None, average=None, st
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="The options are those of roe.py.")
+    description, epilog = "Roster of Experts for models of transformers.", "The options are those of roe.py."
+    parser = argparse.ArgumentParser(description=description, epilog=epilog)
     options = {"model": "", "prompt": "", "rosters": 4, "skip": 1, "weights": WEIGHTS, "seed": 0}
     options |= {"max-new-tokens": 128, "temperature": 0.0, "top-p": 1.0, "dtype": "auto"}
     for name, value in options.items():

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders
+from tokenizers import Tokenizer
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -42,20 +42,24 @@ def record(model: OLMoE, tokenizer: Tokenizer, tokens: list[int], rosters: int, 
     Raises as `roe.generate`.
     """
     routers, experts, way = [], [], []  # logits [rows, E] and indices [rows, k], of the last token that was read
-    layers, decoder = model.model.layers, decoders.DecodeStream(skip_special_tokens=False)
-    hooks = []
+    layers, hooks, written, text = model.model.layers, [], [], ""
     for layer in layers:
         hooks.append(layer.mlp.gate.register_forward_hook(lambda _, args, logits: routers.append(logits[:, -1])))
         hooks.append(layer.mlp.experts.register_forward_pre_hook(lambda _, args: experts.append(args[2][:, -1])))
 
     def watch(logits, log_probs, token, cache):
+        nonlocal text
         logits, token = logits[:, 0].float(), token.item()
+        written.append(token)
+        piece = tokenizer.decode(written, skip_special_tokens=False)[len(text) :]
+        piece = "" if piece.endswith("\ufffd") else piece  # within a character of several tokens
+        text += piece
         chosen = experts[-len(layers) :]
         kinds = [kinds_of(*pair) for pair in zip(routers[-len(layers) :], chosen)]
         ids = candidates(logits, token)
         way.append(
             {
-                "text": visible(decoder.step(tokenizer, token) or ""),
+                "text": visible(piece),
                 "experts": [indices.tolist() for indices in chosen],
                 "kinds": kinds,
                 "inputs": " ".join(sentence(layer, rows) for layer, rows in enumerate(kinds) if not tau[layer]),

@@ -3,7 +3,7 @@
     python bench/bench.py                              4 layers of OLMoE-1B-7B's shapes and its head, random weights
     python bench/bench.py --layers 16 --systems roe    all 16 of them (13.8 GB)
     python bench/bench.py --layers 0                   the embedded model, as it is
-    python bench/bench.py --check                      every trick of model.py against what it replaces, in a minute
+    python bench/bench.py --check                      every part of fast/cpu.py against what it replaces, in a minute
 
 Decoding: milliseconds per token for every number of rosters, after a short and a long history. Prompts: milliseconds to
 the first token. Memory: the peak of a process of its own for every number of rosters. The floor is the time in which a
@@ -18,7 +18,6 @@ Prints a table and appends one JSON object per result to bench/results/bench.jso
 """
 
 import argparse
-import copy
 import functools
 import itertools
 import json
@@ -35,29 +34,17 @@ from pathlib import Path
 
 import torch
 from captured import capture
-from effect import ROOT, where
+from effect import EMBEDDED, ROOT, where
 from naive import add_roe, average
 from safetensors.torch import save_file
 from torch import nn
 
 import roe
 from cache import SharedCache
-from load import EMBEDDED, load, stored_name
-from model import (
-    Config,
-    Expert,
-    Experts,
-    OLMoE,
-    PackedLinear,
-    SortedExperts,
-    WideLinear,
-    attend,
-    attend_in_blocks,
-    attend_widely,
-    packs_on,
-    speed_up,
-    widens_on,
-)
+from fast import cpu
+from fast.cpu import FastLinear, SortedExperts
+from load import load
+from model import Config, Expert, Experts, OLMoE, attend
 
 OLMOE = {  # allenai/OLMoE-1B-7B
     "vocab_size": 50304,
@@ -72,39 +59,36 @@ OLMOE = {  # allenai/OLMoE-1B-7B
 TAU = 0.3
 
 
-def fill(model: nn.Module) -> None:
-    """Random weights of deviation 0.02 and norms of 1, quickly: a block of random numbers over and over."""
-    block = torch.randn(2**22 + 1).mul_(0.02).to(model.lm_head.weight)
-    for p in model.parameters():
-        p.requires_grad_(False)
-        for part in p.view(-1).split(len(block)) if p.dim() > 1 else ():
-            part.copy_(block[: len(part)])
-        if p.dim() == 1:
-            p.fill_(1)
-
-
-def build(layers: int, dtype: torch.dtype, device: str) -> OLMoE:
-    """A model of OLMoE-1B-7B's shapes with random weights."""
+def write(folder: Path, layers: int) -> None:
+    """A checkpoint of OLMoE-1B-7B's shapes in three files, as it has; random weights of deviation 0.02, norms of 1."""
     with torch.device("meta"):
         model = OLMoE(Config(num_hidden_layers=layers, **OLMOE))
-    model = model.to(dtype).to_empty(device=device)
-    fill(model)
-    return model
-
-
-def write(folder: Path, layers: int) -> None:
-    """A checkpoint with random weights as OLMoE's are, with a file for every layer."""
-    model = build(layers, torch.bfloat16, "cpu")
-    files = {}  # {file: {tensor name: tensor}}
-    for name, weight in model.named_parameters():
-        layer = name.split(".")[1] if name.startswith("layers.") else "other"
-        files.setdefault(f"model-{layer}.safetensors", {})[stored_name(name)] = weight
-    for file, tensors in files.items():
+    block = torch.randn(2**22 + 1).mul_(0.02).bfloat16()  # over and over, which is quick
+    files = defaultdict(dict)  # {file: {name: shape}}
+    for name, p in model.named_parameters():
+        part = 3 * int(name.split(".")[2]) // layers if name.startswith("model.layers.") else 0
+        files[f"model-{part}.safetensors"][name] = p.shape
+    index = {"metadata": {}, "weight_map": {name: file for file, shapes in files.items() for name in shapes}}
+    for file, shapes in files.items():  # one by one, so that there is memory for all layers of the real model
+        tensors = {}
+        for name, shape in shapes.items():
+            count = shape.numel()
+            random = block.repeat(count // len(block) + 1)[:count].view(shape)
+            tensors[name] = random if len(shape) > 1 else torch.ones_like(random)
         save_file(tensors, folder / file, metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": {name: file for file, tensors in files.items() for name in tensors}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(asdict(model.config) | {"model_type": "olmoe"}))
+    config = asdict(model.config) | {"model_type": "olmoe", "eos_token_id": None}
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_bytes((EMBEDDED / "tokenizer.json").read_bytes())
+
+
+def filled_cache(model: OLMoE, history: int, room: int) -> SharedCache:
+    """With a history of so many tokens, all keys and values alike, and room for more."""
+    cache = SharedCache(model.config, history + room)
+    cache.k, cache.v = torch.full((2, *cache.shape), 0.01, dtype=model.dtype, device=model.device)
+    cache.nbytes = cache.k.nbytes + cache.v.nbytes  # so that it does not allocate its own
+    cache.length = history
+    return cache
 
 
 def random_tokens(vocab_size: int, length: int) -> list[int]:
@@ -139,10 +123,7 @@ class RoE:
         return roe.aggregate(logits).argmax().item()
 
     def cache(self, history: int, room: int) -> SharedCache:
-        cache = SharedCache(self.model.config, history + room)
-        cache.k, cache.v = torch.full((2, *cache.shape), 0.01, dtype=self.model.dtype, device=self.model.device)
-        cache.length = history
-        return cache
+        return filled_cache(self.model, history, room)
 
     def decode(self, n: int, history: int, captured: bool = False) -> list[float]:
         cache = self.cache(history, 2 * self.steps + 3)  # 3 more to warm up a capture
@@ -158,13 +139,12 @@ class RoE:
         return [time.perf_counter() - start]
 
     def cache_bytes(self, n: int, history: int) -> int:
-        cache = self.cache(history, 0)
-        return cache.nbytes
+        return self.cache(history, 0).nbytes
 
     def floor_bytes(self, n: int, history: int) -> float:
         """Bytes that a decoding step reads, on average."""
         touched = []  # experts
-        experts = [layer.mlp.experts for layer in self.model.layers]
+        experts = [layer.mlp.experts for layer in self.model.model.layers]
         hooks = [e.register_forward_pre_hook(lambda _, args: touched.append(args[2].unique().numel())) for e in experts]
         self.decode(n, history)
         for hook in hooks:
@@ -291,8 +271,8 @@ def write_gguf(model: OLMoE, path: str) -> None:
     writer.add_token_types([gguf.TokenType.NORMAL] * config.vocab_size)
     writer.add_token_merges(["t 1"])
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.OLMOE, config.num_hidden_layers)
-    weights = {stored_name(name): weight for name, weight in model.named_parameters() if ".experts." not in name}
-    for i, layer in enumerate(model.layers):
+    weights = {name: weight for name, weight in model.named_parameters() if ".experts." not in name}
+    for i, layer in enumerate(model.model.layers):
         for part in ("gate_proj", "up_proj", "down_proj"):
             stacked = torch.stack([expert.get_submodule(part).weight for expert in layer.mlp.experts])
             weights[f"model.layers.{i}.mlp.experts.{part}.weight"] = stacked
@@ -376,47 +356,50 @@ def print_table(results: list[dict]) -> None:
 
 
 @torch.inference_mode()
-def check_tricks() -> None:
-    """Prints how many times as fast each trick of model.py is as the plain code, and names what does not pay."""
+def check_parts() -> None:
+    """Prints how many times as fast each part of fast/cpu.py is as what it replaces, and names what does not pay."""
     config = Config(num_hidden_layers=1, **OLMOE)
     random = lambda *shape: torch.randn(shape).bfloat16()
     rows = lambda n: random(n, config.hidden_size)
     each = lambda modules, x: [module(x) for module in modules]  # of more memory than caches hold
-    tricks = []  # name, plain, trick
+    parts = []  # name, what it replaces, the part
     for dtype in (torch.bfloat16, torch.float32):
-        plain = nn.Linear(config.hidden_size, config.intermediate_size, bias=False, dtype=dtype)
-        linear = PackedLinear if packs_on(plain.weight) else WideLinear if widens_on(plain.weight) else None
-        linears = [copy.deepcopy(plain) for _ in range(64 if linear else 0)]
-        others = [linear(plain.weight) for plain in linears]
-        for n in (1, 8, 32) if linear else ():
-            x, name = rows(n).to(dtype), f"{linear.__name__}, {n} rows, {dtype}"
-            tricks.append((name, lambda x=x, l=linears: each(l, x), lambda x=x, l=others: each(l, x)))
+        shape = config.hidden_size, config.intermediate_size
+        plain = [nn.Linear(*shape, bias=False, dtype=dtype) for _ in range(64)]
+        fast = [FastLinear(linear.weight.clone()) for linear in plain]
+        how = "packed" if fast[0].packed else "wide" if fast[0].wide else None
+        for n in (1, 8, 32) if how else ():
+            x, name = rows(n).to(dtype), f"FastLinear, {how}, {n} rows, {dtype}"
+            parts.append((name, lambda x=x, l=plain: each(l, x), lambda x=x, l=fast: each(l, x)))
     with torch.device("meta"):
         experts = Experts(Expert(config) for _ in range(config.num_experts))
     experts = experts.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
     for p in experts.parameters():
         p.normal_(std=0.02)
-    ordered = SortedExperts(copy.deepcopy(experts))
+    ordered = SortedExperts(Experts(experts))  # which empties the list that it is given
     for expert in experts:  # else it would be seen what packing brings
-        speed_up(expert)
+        for name, linear in list(expert.named_children()):
+            setattr(expert, name, FastLinear(linear.weight))
     for n in (1, 8, 256, 512):
         weights, indices = torch.rand(n, 1, config.num_experts).topk(config.num_experts_per_tok)
         args = rows(n)[:, None], weights.bfloat16(), indices
-        tricks.append((f"SortedExperts, {n} rows", lambda args=args: experts(*args), lambda args=args: ordered(*args)))
+        parts.append((f"SortedExperts, {n} rows", lambda args=args: experts(*args), lambda args=args: ordered(*args)))
     H, D = config.num_attention_heads, config.head_dim
-    quicker = attend_widely if widens_on(random(1)) else attend_in_blocks
-    cases = [(1, 2048, 2048), (1, 1, 32), (1, 1, 2048)]
-    cases += [(8, 1, 2048), (32, 1, 2048)] * (quicker is attend_widely)  # the other one leaves these to `attend`
-    for n, T, S in cases:
+    quicker = cpu.attend_widely if cpu.widens_on(random(1)) else cpu.attend_in_blocks
+    cases = [(attend, cpu.attend, n, T, 2048) for n, T in ((1, 1), (8, 1), (32, 1), (1, 128))]
+    cases += [(cpu.attend, quicker, 1, T, S) for T, S in ((2048, 2048), (1, 32), (1, 2048))]
+    if quicker is cpu.attend_widely:  # the other one leaves these to `cpu.attend`
+        cases += [(cpu.attend, quicker, n, 1, 2048) for n in (8, 32)]
+    for slow, fast, n, T, S in cases:
         # Of more memory than caches hold; and with room for more, since keys that fill it are read faster.
         shared = [random(1, H, S + 100, D)[:, :, :S] for _ in range(16 if T == 1 else 2)]
         own, pairs = random(n, H, T, int(n > 1), D), list(zip(shared[::2], shared[1::2]))
         q = random(n, H, T, D)
         step = lambda attend, q=q, own=own, pairs=pairs: [attend(q, k, v, own, own) for k, v in pairs]
-        what = f"a prompt of {T}" if T > 1 else f"{n} rows after {S} tokens"
-        tricks.append((f"{quicker.__name__}, {what}", lambda s=step: s(attend), lambda s=step: s(quicker)))
-    print(f"torch {torch.__version__}: times as fast as the plain code")
-    for name, *forms in tricks:
+        what = f"{n} rows after {S} tokens" if T == 1 else f"a prompt of {T}" if T == S else f"the last {T} of {S}"
+        parts.append((f"{fast.__name__}, {what}", lambda s=step, f=slow: s(f), lambda s=step, f=fast: s(f)))
+    print(f"torch {torch.__version__}: times as fast as what it replaces")
+    for name, *forms in parts:
         times, begin = {form: [] for form in forms}, time.perf_counter()
         for repeat in range(16):
             if repeat > 2 and time.perf_counter() - begin > 4:  # seconds
@@ -441,12 +424,12 @@ def main() -> None:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="bfloat16", help="[bfloat16]")
     add("--output", type=Path, default=ROOT / "bench" / "results" / "bench.jsonl", help="appended to")
-    add("--check", action="store_true", help="compare every trick of model.py with the plain code, and nothing else")
+    add("--check", action="store_true", help="only compare every part of fast/cpu.py with what it replaces")
     add("--serve", choices=[*SYSTEMS, "write"], help=argparse.SUPPRESS)
     add("--model", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.check:
-        return check_tricks()
+        return check_parts()
     if args.serve == "write":
         return write(Path(args.model), args.layers)
     if args.serve:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -17,8 +16,8 @@ from model import Config, OLMoE, top_k
 class StaticCache:
     """A `SharedCache` for decoding in steps of fixed shapes that read nothing back, as a CUDA graph must be captured.
 
-    A step attends to all the memory there is, with what is not filled yet masked out, whatever the length. The model's
-    `attend` must be `attend_static`.
+    A step attends to all the memory there is, with what is not filled yet masked out, whatever the length. The model
+    must be one after `use_static`.
 
     Args:
         cache: the `SharedCache` that holds the prompt; its memory is used from now on.
@@ -34,6 +33,8 @@ class StaticCache:
         self.k[layer].index_copy_(2, self.length, k[:1])
         self.v[layer].index_copy_(2, self.length, v[:1])
         visible = torch.arange(self.k.shape[3], device=self.k.device) < self.length
+        if layer == len(self.k) - 1:
+            self.length += 1  # in place, as a graph must
         return self.k[layer], self.v[layer], k.unsqueeze(3), v.unsqueeze(3), visible
 
 
@@ -50,26 +51,38 @@ def attend_static(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, 
 
 
 def use_static(model: OLMoE) -> None:
-    for layer in model.layers:
+    """Of a model that `fast.speed_up` has changed, whose attention takes another `attend`."""
+    for layer in model.model.layers:
         layer.self_attn.attend = attend_static
 
 
 def draw(config: Config, rosters: int, tau: list[float], seed: int, positions: Iterable[int], gumbel=roe.gumbel):
     """tau G of tokens at T positions, [n, T, L, E] on the CPU: what `roe.run_rosters` adds to the routers' logits."""
     G = [gumbel(seed, position, rosters, config.num_hidden_layers, config.num_experts) for position in positions]
-    return F.pad(torch.stack(G, 1), (0, 0, 0, 0, 0, 0, 1, 0)) * torch.tensor(tau)[:, None]  # row 0 is the clean path
+    noise = torch.stack(G, 1) * torch.tensor(tau)[:, None]
+    noise[0] = 0  # row 0 is the clean path
+    return noise
 
 
-def decode(model: OLMoE, token: Tensor, cache, tau: list[float], noise: Tensor) -> Tensor:
-    """Logits [n, V] after a token [1, 1] with noise tau G [n, 1, L, E], as `roe.predict` has them."""
-    k, normalize = model.config.num_experts_per_tok, model.config.norm_topk_prob
+def decode(model: OLMoE, token: Tensor, cache: StaticCache, tau: list[float], noise: Tensor) -> Tensor:
+    """Logits [n, V] after a token [1, 1] with noise tau G [n, 1, L, E], as `roe.predict` has them.
+
+    The pass is that of `OLMoE.forward`, but the position is a tensor, from a `StaticCache`, and is not read back.
+    """
+    config, k, normalize = model.config, model.config.num_experts_per_tok, model.config.norm_topk_prob
 
     def route(layer: int, logits: Tensor) -> tuple[Tensor, Tensor]:
         if len(noise) == 1 or tau[layer] == 0:
             return top_k(logits, k, normalize)
         return roe.stochastic_route(logits, noise[:, :, layer], k, normalize=normalize)
 
-    return model(token, cache, route)[:, 0]
+    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=model.device)
+    angles = cache.length[:, None] / config.rope_theta ** (pairs / config.head_dim)
+    cos, sin = angles.cos().to(model.dtype), angles.sin().to(model.dtype)
+    x = model.model.embed_tokens(token)
+    for layer in model.model.layers:
+        x = layer(x, cos, sin, cache, route)
+    return model.lm_head(model.model.norm(x))[:, 0]
 
 
 @torch.inference_mode()

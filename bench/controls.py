@@ -60,7 +60,7 @@ def perturbed(logits: Tensor, noisy: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def experts_only(logits: Tensor, noisy: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """RoE by the letter of equation 1: experts as in `perturbed`, but their weights are softmax(R)."""
+    """RoE with `weights="clean"`: experts as in `perturbed`, but their weights are softmax(R)."""
     return pick(logits, noisy.topk(k).indices)
 
 

@@ -33,8 +33,9 @@ import train
 from tables import RESULTS, tuned
 
 import roe
-from load import EMBEDDED, load
+from load import load
 
+EMBEDDED = ROOT / "tiny"
 HELD_OUT, VALIDATION = EMBEDDED / "heldout.txt", EMBEDDED / "validation.txt"
 ROSTERS = 32
 BLOCK = 512  # tokens; the context of the embedded model

@@ -68,7 +68,7 @@ def overruled(prompt: str, rosters: int = 4) -> tuple[str, list, list[float], li
     """
     model, tokenizer = load(device="cpu", dtype="float32")
     tokens, chosen, found = tokenizer.encode(prompt).ids, [], []
-    for layer in model.layers:
+    for layer in model.model.layers:
         layer.mlp.experts.register_forward_pre_hook(lambda _, args: chosen.append(args[2][:, -1].tolist()))
 
     def watch(logits, log_probs, *_):
@@ -82,7 +82,7 @@ def overruled(prompt: str, rosters: int = 4) -> tuple[str, list, list[float], li
     ((rows, average),) = found
     likeliest = average.topk(3).indices.tolist()
     candidates = [(tokenizer.decode([i]), [*rows[:, i].tolist(), average[i].item()]) for i in likeliest]
-    return tokenizer.decode(tokens), chosen[-len(model.layers) :], temperatures(model.config), candidates
+    return tokenizer.decode(tokens), chosen[-model.config.num_hidden_layers :], temperatures(model.config), candidates
 
 
 def draw_token() -> None:

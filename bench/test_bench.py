@@ -19,8 +19,9 @@ from effect import ROOT
 import bench
 import roe
 from cache import SharedCache
+from fast.cpu import FastAttention
+from fast.gpu import StackedExperts
 from load import load
-from model import StackedExperts
 
 torch.set_num_threads(1)
 
@@ -90,7 +91,7 @@ def test_naive_roe():
     hf = transformers.OlmoeForCausalLM.from_pretrained(ROOT / "tiny", dtype=torch.float32)
     model, _ = load(device="cpu", dtype="float32")
     tokens, G = bench.random_tokens(4096, 20), roe.gumbel(3, 19, 5, 6, 16)
-    naive.add_roe(hf, 5, 0.7, lambda layer: G[:, layer])
+    naive.add_roe(hf, 5, 0.7, lambda layer: G[1:, layer])
     with torch.inference_mode():
         logits = hf(torch.tensor([tokens]).expand(5, -1)).logits[:, -1]
     expected = roe.predict(model, tokens, SharedCache(model.config, 20), 5, 0.7, seed=3)
@@ -108,6 +109,8 @@ def test_static_cache():
         roe.predict(model, prompt, c, n, tau, seed=3)
     cache.v[:, :, :, len(prompt) :] = torch.nan
     expected = roe.predict(model, [last], reference, n, tau, seed=3)
+    for layer in model.model.layers:
+        layer.self_attn = FastAttention(layer.self_attn)
     static, noise = captured.StaticCache(cache), captured.draw(model.config, n, tau, 3, [9])
     captured.use_static(model)
     logits = captured.decode(model, torch.tensor([[last]]), static, tau, noise)
@@ -116,7 +119,7 @@ def test_static_cache():
 
     static.k, static.v = (t.to("meta", torch.bfloat16) for t in (static.k, static.v))
     static.length = static.length.to("meta")
-    for layer in model.layers:
+    for layer in model.model.layers:
         layer.mlp.experts = StackedExperts(layer.mlp.experts)
     model = model.to("meta", torch.bfloat16)
     token = torch.zeros(1, 1, dtype=torch.long, device="meta")

@@ -17,9 +17,10 @@ pytest.importorskip("optuna")
 import tune
 
 import roe
-from load import EMBEDDED, load
+from load import load
 
 torch.set_num_threads(1)
+EMBEDDED = Path(roe.__file__).parent / "tiny"
 TEXT = (EMBEDDED / "validation.txt").read_bytes()[:400]
 
 
@@ -205,17 +206,17 @@ FOREIGN = {
     "the log is a pipe": ([], lambda: os.mkfifo("tau.json.log"), "tau.json.log is not a regular file"),
     "device": (["--output", "/dev/null"], lambda: None, "/dev/null is not a regular file"),
     "no such folder": (["--output", "no/tau.json"], lambda: None, "No such file or directory: 'no/tau.json.log'"),
-    "empty text": ([], lambda: Path("text.py").write_bytes(b""), "the text is too short"),
-    "no UTF-8": ([], lambda: Path("text.py").write_bytes(b"caf\xe9"), "text.py is not UTF-8 text (byte 3)"),
+    "empty text": ([], lambda: Path("text.py").write_bytes(b""), "give one text of at least 2 token ids"),
+    "no UTF-8": ([], lambda: Path("text.py").write_bytes(b"caf\xe9"), "'text.py' cannot be used: UnicodeDecodeError"),
     "no text": ([], lambda: Path("text.py").unlink(), "text.py"),
     "no model": (["--model", "no/such/model"], lambda: None, "there is no directory no/such/model"),
-    "trials 0": (["--trials", 0], lambda: None, "--trials: must be a whole number from 1 to"),
-    "one roster": (["--rosters", 1], lambda: None, "--rosters: must be a whole number from 2 to"),
-    "skip -1": (["--skip", -1], lambda: None, "--skip: must be a whole number from 0 to"),
+    "trials 0": (["--trials", 0], lambda: None, "--trials: must be from 1 to"),
+    "one roster": (["--rosters", 1], lambda: None, "--rosters: must be from 2 to"),
+    "skip -1": (["--skip", -1], lambda: None, "--skip: must be from 0 to"),
     "skip all layers": (["--skip", 3], lambda: None, "no layer is left to tune"),
-    "tau-max 0": (["--tau-max", 0], lambda: None, "--tau-max: must be a number from 0.001 to 100, not 0"),
-    "tau-max nan": (["--tau-max", "nan"], lambda: None, "--tau-max: must be a number from 0.001 to 100, not nan"),
-    "seed": (["--seed", 2**70], lambda: None, "--seed: must be a whole number from 0 to"),
+    "tau-max 0": (["--tau-max", 0], lambda: None, "--tau-max: must be from 0.001 to 100, not 0"),
+    "tau-max nan": (["--tau-max", "nan"], lambda: None, "--tau-max: must be from 0.001 to 100, not nan"),
+    "seed": (["--seed", 2**70], lambda: None, "--seed: must be from 0 to"),
     "unknown option": (["--trails", 3], lambda: None, "unrecognized arguments"),
     "Optuna is missing": ([], lambda: None, 'needs Optuna; install it with: pip install -e ".[tune]"'),
 }
@@ -227,8 +228,7 @@ def test_bad_input(cli, monkeypatch, tmp_path, name):
     prepare()
     if name == "Optuna is missing":
         monkeypatch.setitem(sys.modules, "optuna", None)
-    if name not in ("empty text", "no model", "skip all layers"):  # the others are refused before there is a model
-        monkeypatch.setattr(tune, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(tune, "load_weights", lambda *_: pytest.fail("weights were loaded"))
     contents = lambda: {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.is_file() and f.stat().st_size}
     before = contents()
     refused(cli(*options, file="x.log" if name == "the text is the log" else "text.py"), sentence)

@@ -26,9 +26,9 @@ from typing import BinaryIO
 from filelock import FileLock, Timeout  # comes with torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from load import load, read_description, read_text
+from load import describe, load_weights, pick_device, read_text
 from model import OLMoE
-from roe import TAU, check_length, fail, number, score, temperatures
+from roe import TAU, as_ids, fail, number, score, temperatures
 
 SEARCH = "text model dtype device rosters tau_max skip weights seed".split()  # what a trial belongs to
 START = b'{"text": "'  # of every line of the log
@@ -99,9 +99,6 @@ def tune(args: argparse.Namespace, model: OLMoE, tokens: list[int], search: dict
 
     highest = temperatures(model.config, args.tau_max, args.skip)
     space = {str(i): optuna.distributions.FloatDistribution(0, tau) for i, tau in enumerate(highest) if tau > 0}
-    if not space:
-        raise ValueError("no layer is left to tune; lower --skip")
-    check_length(len(tokens), 2)
     state = lambda value: optuna.trial.TrialState.FAIL if value is None else optuna.trial.TrialState.COMPLETE
     best = lambda: min(trials, key=lambda trial: trial["perplexity"] or math.inf)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -163,13 +160,18 @@ def main() -> None:
         text = read_text(None, args.file)
         lock = FileLock(f"{args.output}.log.lock")  # held as long as there is this variable
         log, trials = open_log(args.output, lock)
-        folder, *_ = read_description(args.model, args.device)
-        model, tokenizer = load(args.model, args.device, args.dtype)
+        device = pick_device(args.device)
+        source, folder, config, tokenizer = describe(args.model)
+        if not any(temperatures(config, args.tau_max, args.skip)):
+            raise ValueError("no layer is left to tune; lower --skip")
+        tokens = tokenizer.encode(text).ids
+        as_ids(tokens, device, least=2)
+        model = load_weights(source, config, device, args.dtype)
         contents = hashlib.sha256(text.encode()).hexdigest(), checksum(folder), str(model.dtype), model.device.type
         options = args.rosters, args.tau_max, args.skip, args.weights, args.seed
         search = dict(zip(SEARCH, contents + options))
         trials = [trial for trial in trials if search.items() <= trial.items()]
-        best = tune(args, model, tokenizer.encode(text).ids, search, trials, log)
+        best = tune(args, model, tokens, search, trials, log)
         print(f"{args.output}: perplexity {best['perplexity']:.4f} with", best["tau"])
     except (ValueError, OSError) as error:
         fail(error)

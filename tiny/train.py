@@ -27,7 +27,6 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model as olmoe
-from load import stored_name
 
 config = olmoe.Config(
     vocab_size=4096,
@@ -39,7 +38,7 @@ config = olmoe.Config(
     num_experts=16,
     num_experts_per_tok=2,
     max_position_embeddings=512,  # also the length of the training sequences
-    eos_token_id=0,
+    eos_token_id=[0],
 )
 batch_size = 8  # sequences per step
 learning_rate = 3e-3  # at its peak
@@ -153,17 +152,17 @@ def evaluate(model: olmoe.OLMoE, rows: torch.Tensor) -> float:
 
 def optimizers(model: olmoe.OLMoE) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers; AdamW for the norms, the embedding and the head."""
-    inner = [p for name, p in model.named_parameters() if name.startswith("layers.") and p.dim() > 1]
+    inner = [p for name, p in model.named_parameters() if name.startswith("model.layers.") and p.dim() > 1]
     norms = [p for p in model.parameters() if p.dim() == 1]
-    outer = [p for name, p in model.named_parameters() if not name.startswith("layers.") and p.dim() > 1]
+    outer = [p for name, p in model.named_parameters() if not name.startswith("model.layers.") and p.dim() > 1]
     groups = [{"params": outer, "weight_decay": weight_decay}, {"params": norms, "weight_decay": 0.0}]
     muon = torch.optim.Muon(inner, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     return [muon, torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)]
 
 
 def save(model: olmoe.OLMoE, path: Path):
-    """Writes bfloat16 weights under the names of OLMoE's published checkpoints, or leaves the old file as it was."""
-    tensors = {stored_name(name): p.detach().to("cpu", torch.bfloat16) for name, p in model.named_parameters()}
+    """Writes the weights in bfloat16, or leaves the old file as it was."""
+    tensors = {name: p.detach().to("cpu", torch.bfloat16) for name, p in model.named_parameters()}
     save_file(tensors, path.with_suffix(".tmp"), metadata={"format": "pt"})
     os.replace(path.with_suffix(".tmp"), path)
 
@@ -200,7 +199,7 @@ def main():
     (args.output / "heldout.txt").write_text(held_out, encoding="utf-8", newline="\n")
     (args.output / "validation.txt").write_text(validation, encoding="utf-8", newline="\n")
 
-    documents = [torch.tensor(e.ids + [config.eos_token_id]) for e in tokenizer.encode_batch(texts)]
+    documents = [torch.tensor(e.ids + config.eos_token_id) for e in tokenizer.encode_batch(texts)]
     epoch_tokens = sum(map(len, documents))
     held_out_tokens = torch.tensor(tokenizer.encode(held_out).ids)
     held_out_rows = sequences([held_out_tokens]).to(device)

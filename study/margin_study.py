@@ -1,17 +1,18 @@
-"""Measures what `--margin` buys: which tokens get rosters, what of their effect is kept, and what a token costs.
+"""Measures what margin.py buys: which tokens get rosters, what of their effect is kept, and what a token costs.
 
-    python bench/margin.py effect      the embedded model: held-out text, greedy and sampled text of its own
-    python bench/margin.py time        the embedded model: a token of greedy text of its own, or --text held-out
-    python bench/margin.py forced      4 layers of OLMoE-1B-7B's shapes, random weights, bfloat16: time against the
-                                       share of tokens on which the clean path is said to be unsure
+    python study/margin_study.py effect    the embedded model: held-out text, greedy and sampled text of its own
+    python study/margin_study.py time      the embedded model: a token of greedy text of its own, or --text held-out
+    python study/margin_study.py forced    4 layers of OLMoE-1B-7B's shapes, random weights, bfloat16: time against the
+                                           share of tokens on which the clean path is said to be unsure
 
 The embedded model in float32 with default settings. Appends JSON lines to
-bench/results/margin.jsonl; `figures.py` and `tables.py` show what comes out.
+bench/results/margin.jsonl; bench/figures.py and bench/tables.py show what comes out.
 """
 
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -19,15 +20,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
 
+import margin
 import torch
-from effect import HELD_OUT, ROSTERS, rows, where
-from tables import RESULTS
 from torch import Tensor
 
-import bench
-import roe
+import roe  # which margin.py has made known
 from cache import SharedCache
 from load import load
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+from effect import HELD_OUT, ROSTERS, rows, where
+from tables import RESULTS
+
+import bench
 
 MARGINS = 0.02, 0.05, 0.1, 0.2, 0.5, 1.0
 COUNTS = 4, 8, 32
@@ -51,8 +56,8 @@ class Tokens:
 
     def columns(self) -> tuple[Tensor, Tensor, Tensor]:
         """Margin of the clean path [T]; for every count, whether it was overruled and what the token gained [3, T]."""
-        margin, *others = torch.cat(self.parts, 1)
-        return margin, torch.stack(others[: len(COUNTS)]), torch.stack(others[len(COUNTS) :])
+        ahead, *others = torch.cat(self.parts, 1)
+        return ahead, torch.stack(others[: len(COUNTS)]), torch.stack(others[len(COUNTS) :])
 
 
 def ratio(part: list[float], whole: list[float]) -> tuple[float, float]:
@@ -68,12 +73,12 @@ def kept(texts: list[Tokens]) -> Iterator[dict]:
     columns = [text.columns() for text in texts]
     for i, n in enumerate(COUNTS):
         sums = defaultdict(list)  # a number for every text
-        for margin, overruled, gain in columns:
-            sums["tokens"].append(len(margin))
+        for ahead, overruled, gain in columns:
+            sums["tokens"].append(len(ahead))
             sums["overruled"].append(overruled[i].sum().item())
             sums["gain"].append(gain[i].sum().item())
             for m in MARGINS:
-                unsure = (margin < m) | (m == 1)  # with 1 nothing is asked, even where the clean path is certain
+                unsure = (ahead < m) | (m == 1)  # with 1 nothing is asked, even where the clean path is certain
                 sums["share", m].append(unsure.sum().item())
                 sums["overruled", m].append(overruled[i, unsure].sum().item())
                 sums["gain", m].append(gain[i, unsure].sum().item())
@@ -107,21 +112,16 @@ def measure_effect(args: argparse.Namespace) -> Iterator[dict]:
             yield {"what": "effect", "text": name, "texts": len(watched)} | result
 
 
-def decode(model, tokens: list[int], cache: SharedCache, n: int, margin: float, tau: list[float]) -> tuple[float, int]:
-    """Decodes tokens that are known as `roe.generate` would: seconds, and how many ran rosters.
+def decode(model, tokens: list[int], cache: SharedCache, n: int, m: float, tau: list[float]) -> tuple[float, int]:
+    """Decodes tokens that are known as `margin.generate` would: seconds, and how many ran rosters.
 
     So every setting decodes the same text. The cache is left as it was.
     """
     before, unsure = cache.length, 0
     start = time.perf_counter()
     for position, token in enumerate(tokens, before):
-        logits = roe.predict(model, [token], cache, n if margin >= 1 else 1, tau, 0)
-        log_probs = roe.aggregate(logits)
-        if margin < 1 and not roe.sure(log_probs, margin):
-            cache.length = position
-            logits = roe.predict(model, [token], cache, n, tau, 0)
-            log_probs = roe.aggregate(logits)
-        roe.choose(log_probs, 0.0, 1.0, 0, position)
+        logits = margin.predict(model, [token], cache, n, m, tau, 0)
+        roe.choose(roe.aggregate(logits), 0.0, 1.0, 0, position)
         unsure += len(logits) == n
     seconds = time.perf_counter() - start
     cache.length = before
@@ -190,14 +190,12 @@ def measure_forced(args: argparse.Namespace) -> Iterator[dict]:
         *((n, m, share) for n in COUNTS[1:] for m, share in [(1.0, 10)] + [(0.5, s) for s in SHARES]),
     ]
     for history in args.history:
-        cache, seconds = SharedCache(model.config, history + steps), defaultdict(list)
-        cache.k, cache.v = torch.full((2, *cache.shape), 0.01, dtype=model.dtype)
-        cache.length = history
+        cache, seconds = bench.filled_cache(model, history, steps), defaultdict(list)
         decode(model, tokens, cache, max(COUNTS), 1.0, tau)  # the first time is slow
         for _ in range(args.repeats):
             for n, m, share in settings:
                 pattern = spread(share)
-                with patch.object(roe, "sure", lambda *_: not next(pattern)):
+                with patch.object(margin, "sure", lambda *_: not next(pattern)):
                     seconds[n, m, share].append(decode(model, tokens, cache, n, m, tau)[0] / steps)
         for (n, m, share), found in relative(seconds, (1, 1.0, 10)):
             result = {"what": "forced", "layers": layers, "history": history, "rosters": n, "margin": m}

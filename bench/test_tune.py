@@ -148,6 +148,21 @@ def test_trials_belong_to_contents(cli, monkeypatch, tmp_path):
     assert len(log()) == 10
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_search_that_is_done_but_cannot_be_printed(tmp_path):
+    """Its temperatures are written all the same; and a terminal that lacks the characters of a name gets others."""
+    (tmp_path / "text.py").write_bytes(TEXT)
+    command = [sys.executable, tune.__file__, "text.py", "--trials", "1", "--rosters", "2", "--output"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    run = lambda name, out: subprocess.run([*command, name], cwd=tmp_path, env=environment, stdout=out, stderr=-1)
+    with open("/dev/full", "w") as full:
+        result = run("tau.json", full)
+    assert result.returncode == 0 and b"the result is in 'tau.json', but cannot be printed" in result.stderr
+    assert len(json.loads((tmp_path / "tau.json").read_text())) == 6
+    result = run("τ.json", -1)
+    assert result.returncode == 0 and result.stdout.startswith(b"\\u03c4.json: perplexity")
+
+
 def test_full_disk(cli):
     """The log's last record is cut short: it is dropped, which is said once, and the next runs go on."""
     resource = pytest.importorskip("resource")  # Windows has none
@@ -192,11 +207,29 @@ def link(name, target):
     Path(name).symlink_to(target)
 
 
+def line_of_a_log():
+    return dict.fromkeys(tune.SEARCH, "x") | {"tau": [0, 0.1], "perplexity": 3.5}
+
+
+def test_a_line_of_a_log():
+    assert tune.is_trial(line_of_a_log()) and tune.is_trial(line_of_a_log() | {"perplexity": None})
+
+
 FOREIGN = {
     "the text": (["--output", "text.py"], lambda: None, "holds no temperatures from text.py.log"),
     "the text is the log": (["--output", "x"], lambda: Path("text.py").rename("x.log"), "x.log is not the log of"),
     "log of something else": ([], lambda: Path("tau.json.log").write_text("{}\n"), "is not the log of a search"),
     "log of one line": ([], lambda: Path("tau.json.log").write_text("notes"), "is not the log of a search"),
+    **{
+        f"log with {key} {value!r}": (
+            [],
+            lambda key=key, value=value: Path("tau.json.log").write_text(
+                json.dumps(line_of_a_log() | {key: value}) + "\n"
+            ),
+            "is not the log of a search",
+        )
+        for key, value in (("tau", None), ("tau", {}), ("tau", ["x"]), ("perplexity", "low"), ("perplexity", []))
+    },
     "log of nested JSON": ([], lambda: Path("tau.json.log").write_text("[" * 10**5 + "\n"), "is not the log of"),
     "temperatures from elsewhere": ([], lambda: Path("tau.json").write_text("[0, 1, 1, 1, 1, 0]\n"), "holds no"),
     "directory": ([], lambda: Path("tau.json").mkdir(), "tau.json is not a regular file"),

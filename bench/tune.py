@@ -49,24 +49,35 @@ def open_log(output: Path, lock: FileLock) -> tuple[BinaryIO, list[dict]]:
         raise ValueError(foreign)
     file = log.open("a+b")
     try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        raise ValueError(f"{log} is in use by another search; wait for it, or choose another --output") from error
-    file.seek(0)
-    *lines, rest = file.read().split(b"\n")
-    try:
-        trials = [json.loads(line) for line in lines]
-        ours = all(list(trial) == [*SEARCH, "tau", "perplexity"] for trial in trials)
-    except (ValueError, TypeError, RecursionError):
-        ours = False
-    if not ours or not (rest.startswith(START) or START.startswith(rest)):
-        raise ValueError(f"{log} is not the log of a search; choose another --output")
-    if output.exists() and output.read_bytes() not in [as_json(trial["tau"]) for trial in trials]:
-        raise ValueError(foreign)
-    if rest:
-        print(f"{log}: dropped the last line, which was cut short", file=sys.stderr)
-        file.truncate(sum(len(line) + 1 for line in lines))
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise ValueError(f"{log} is in use by another search; wait for it, or choose another --output") from error
+        file.seek(0)
+        *lines, rest = file.read().split(b"\n")
+        try:
+            trials = [json.loads(line) for line in lines]
+            ours = all(map(is_trial, trials))
+        except (ValueError, TypeError, RecursionError):
+            ours = False
+        if not ours or not (rest.startswith(START) or START.startswith(rest)):
+            raise ValueError(f"{log} is not the log of a search; choose another --output")
+        if output.exists() and output.read_bytes() not in [as_json(trial["tau"]) for trial in trials]:
+            raise ValueError(foreign)
+        if rest:
+            print(f"{log}: dropped the last line, which was cut short", file=sys.stderr)
+            file.truncate(sum(len(line) + 1 for line in lines))
+    except ValueError:
+        file.close()
+        raise
     return file, trials
+
+
+def is_trial(line: dict) -> bool:
+    """Whether a line of a log is what a search wrote: its keys, temperatures, and a perplexity or null."""
+    number = lambda value: type(value) in (int, float) and math.isfinite(value)
+    known = list(line) == [*SEARCH, "tau", "perplexity"] and isinstance(line["tau"], list)
+    return known and all(map(number, line["tau"])) and (line["perplexity"] is None or number(line["perplexity"]))
 
 
 def as_json(value: object) -> bytes:
@@ -150,6 +161,8 @@ def main() -> None:
     add("--device", default="auto", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
     add("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto", help="[as weights are stored]")
     parser.error = fail
+    for stream in (sys.stdout, sys.stderr):  # a terminal may not know all characters of a name
+        stream.reconfigure(errors="backslashreplace")
     args = parser.parse_args()
     args.rosters = sorted(set(args.rosters))
     try:
@@ -160,21 +173,26 @@ def main() -> None:
         text = read_text(None, args.file)
         lock = FileLock(f"{args.output}.log.lock")  # held as long as there is this variable
         log, trials = open_log(args.output, lock)
-        device = pick_device(args.device)
-        source, folder, config, tokenizer = describe(args.model)
-        if not any(temperatures(config, args.tau_max, args.skip)):
-            raise ValueError("no layer is left to tune; lower --skip")
-        tokens = tokenizer.encode(text).ids
-        as_ids(tokens, device, least=2)
-        model = load_weights(source, config, device, args.dtype)
-        contents = hashlib.sha256(text.encode()).hexdigest(), checksum(folder), str(model.dtype), model.device.type
-        options = args.rosters, args.tau_max, args.skip, args.weights, args.seed
-        search = dict(zip(SEARCH, contents + options))
-        trials = [trial for trial in trials if search.items() <= trial.items()]
-        best = tune(args, model, tokens, search, trials, log)
-        print(f"{args.output}: perplexity {best['perplexity']:.4f} with", best["tau"])
+        with log:
+            device = pick_device(args.device)
+            source, folder, config, tokenizer = describe(args.model)
+            if not any(temperatures(config, args.tau_max, args.skip)):
+                raise ValueError("no layer is left to tune; lower --skip")
+            tokens = tokenizer.encode(text).ids
+            as_ids(tokens, device, least=2)
+            model = load_weights(source, config, device, args.dtype)
+            contents = hashlib.sha256(text.encode()).hexdigest(), checksum(folder), str(model.dtype), model.device.type
+            options = args.rosters, args.tau_max, args.skip, args.weights, args.seed
+            search = dict(zip(SEARCH, contents + options))
+            trials = [trial for trial in trials if search.items() <= trial.items()]
+            best = tune(args, model, tokens, search, trials, log)
     except (ValueError, OSError) as error:
         fail(error)
+    try:
+        print(f"{args.output}: perplexity {best['perplexity']:.4f} with", best["tau"], flush=True)
+    except OSError as error:  # the search is done all the same
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"the result is in {str(args.output)!r}, but cannot be printed: {error.strerror}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,17 @@ def test_loading(tmp_path):
     result = json.loads((tmp_path / "loading.jsonl").read_text())
     assert result["bytes"] == (ROOT / "tiny" / "model.safetensors").stat().st_size
     assert min(result["read_seconds"], result["load_seconds"]) > 0
-    assert min(result["read_peak"], result["load_peak"]) > result["bytes"]
+    for what in ("read", "load"):
+        assert result[f"{what}_peak"] >= result[f"{what}_held"] > result["bytes"]
+
+
+def test_loading_where_there_is_no_room(tmp_path):
+    """Nothing is written but one line that says what is lacking: 10,000 layers are 8.6 TB."""
+    output = tmp_path / "loading.jsonl"
+    command = [sys.executable, ROOT / "bench" / "loading.py", "--layers", "10000", "--output", output]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "") and result.stdout.count("\n") == 1
+    assert result.stdout.startswith("not measured: 10000 layers need 8") and not output.exists()
 
 
 def test_a_written_checkpoint_loads(tmp_path, monkeypatch):

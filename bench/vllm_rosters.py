@@ -22,7 +22,8 @@ from pathlib import Path
 
 import torch
 from effect import ROOT, where
-from loading import write
+
+from bench import write
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, which starts sooner
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"

@@ -4,12 +4,12 @@ A query attends to positions of two kinds: those *shared* by all rosters, stored
 Both caches hand a layer's attention these two, and differ only in what they keep:
 
                   shared by all rosters                 each roster's own
-    shared        the clean history (row 0's)           the current token, not kept
+    shared        the clean history (row 0's)           the current token; row 0's becomes history
     branching     the prompt but its last token         its continuation so far, kept
 
-`length` is the number of positions stored so far. Each layer writes there, and the last one moves it on; setting it
-back (with the branching cache, not into the prompt) forgets. All memory is allocated when the first keys come, whose
-dtype and device it takes.
+`length` is the number of positions stored so far. Each layer writes there, and the last one moves it on. To forget the
+positions after it, set it to a smaller value (with the branching cache to no less than `prompt_len`). All memory is
+allocated when the first keys come, whose dtype and device it takes.
 
 Shapes: n rows, Hk key-value heads of size D, T new positions.
 """
@@ -65,7 +65,7 @@ class BranchingCache:
 
     Args:
         config, max_len: the model's `Config`, and the most positions to be stored.
-        rosters: n, the rows to be kept in the layers after that.
+        rosters: n, the rows to be kept in the layers after the first noisy one.
         prompt_len: positions at the start that are shared by all rosters: len(prompt) - 1, since the last token of the
             prompt is the first that rosters predict from.
         first_noisy: index of the first layer with tau > 0; None: there is none.

@@ -136,7 +136,7 @@ def read_config(folder: Path) -> Config:
         values = {}
         for field in fields(Config):
             value = raw.get(field.name, field.default)
-            if field.type in BOUNDS and value is not field.default:  # a size that is missing, `Config` names
+            if field.type in BOUNDS and value is not field.default:  # `Config` names a missing size
                 low, high = BOUNDS[field.type]
                 kind = float if isinstance(low, float) and type(value) is int else type(value)  # 8 is a float, too
                 if kind is not type(low) or not low <= value <= high:
@@ -240,7 +240,8 @@ def by_parameter(tensors: Iterable[tuple[str, Tensor]], config: Config) -> dict[
     """A checkpoint's tensors by the names of parameters: fused experts [E, ...] one by one, a tied head for both."""
     state, E = {}, config.num_experts
     for name, tensor in tensors:
-        found, (prefix, _, fused) = {name: tensor}, name.rpartition(".")
+        found = {name: tensor}
+        prefix, _, fused = name.rpartition(".")
         if prefix.endswith(".experts") and tensor.dim() == 3 and len(tensor) == E:
             parts = fused.removesuffix("_proj").split("_")  # gate and up share a tensor, down has its own
             pieces = list(zip(parts, tensor.chunk(len(parts), 1)))
@@ -248,7 +249,7 @@ def by_parameter(tensors: Iterable[tuple[str, Tensor]], config: Config) -> dict[
         if twice := found.keys() & state.keys():
             raise ValueError(f"{min(twice)} is stored twice")
         state |= found
-    if config.tie_word_embeddings:  # either of the two may be stored, and stands for both
+    if config.tie_word_embeddings:  # either of the two may be stored, and stands for both; None is refused as missing
         embedding = state.setdefault(EMBEDDING, state.get(HEAD))
         head = state.setdefault(HEAD, embedding)
         if head is not embedding and not head.is_meta and not head.equal(embedding):

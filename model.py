@@ -58,10 +58,11 @@ class OLMoE(nn.Module):
     dtype = property(lambda self: self.model.embed_tokens.weight.dtype)
 
     def forward(self, tokens: Tensor, cache=None, route: Callable | None = None) -> Tensor:
-        """Predicts the next token at every position: ids [n, T] -> logits [rows, T, V], rows as the last route made.
+        """Predicts the next token at every position: ids [n, T] -> logits [rows, T, V], n rows or those of the last route.
 
         With a cache of `cache.py` n is 1: the tokens of one text, which follow those that the cache holds. Without one,
-        every row is a sequence. route(layer, router logits [n, T, E]) -> weights, indices [n or more, T, k]: `top_k`.
+        every row is a sequence. route(layer, router logits [n, T, E]) -> weights, indices [n or more, T, k]; by default
+        it is `top_k`.
 
         Raises ValueError: more tokens than the model's context has room for, or several texts and a cache.
         """
@@ -136,8 +137,8 @@ def attend(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: 
         shared_k, shared_v: [1, Hk, S, D], read once for all rows and not copied.
         own_k, own_v: [n, Hk, T, C, D], C positions for each query.
 
-    With n rows a query's own position is not among the shared, which are row 0's. What T = 3 queries see (x) after a
-    history of 4 positions:
+    With n rows a query's own position is not among the shared, which hold row 0's keys and values. What T = 3 queries
+    see (x) after a history of 4 positions (with a `BranchingCache` and n rows T is 1, and sees all S + C):
         n rows, S = 6, C = 1     shared    own        one row, S = 7, C = 0     shared
         first query            x x x x . .  x         first query            x x x x x . .
         second                 x x x x x .  x         second                 x x x x x x .

@@ -1,8 +1,9 @@
 """Roster of Experts: hyper-parallel scaling for mixture-of-experts language models (arXiv 2509.17238).
 
 A router sends each token to its top k of E experts and leaves the others idle. RoE adds Gumbel noise to the router's
-logits, so that other experts are chosen. A roster is what one draw of noise for all layers chooses: one row of a batch
-that runs n of them for the same token. The n predictions are averaged. Row 0 is the clean path: it never gets noise.
+logits, so that other experts are chosen. A roster is the set of experts that one draw of noise selects in all layers.
+n rosters run for the same token, as the n rows of a batch, and their predictions are averaged. Row 0 is the clean path:
+it never gets noise.
 
 Section and equation numbers are the paper's. Shapes: n rosters, T positions, L layers, E experts, k experts per token,
 V tokens in the vocabulary.
@@ -77,7 +78,7 @@ def temperatures(config: Config, tau: float | Sequence[float] | None = None, ski
     Args:
         tau: one value per layer, or a number for all but the first and last layers. None: the model's own values
             (`config.tau`), or 0.2 if it has none.
-        skip: how many layers at each end get 0 for a number. (The paper calls this L, which here is all layers.)
+        skip: how many layers at each end get 0 for a number; in a small model all. (The paper's L; here L is another.)
 
     Raises ValueError: a value that is not from 0 to 100, or not one per layer.
     """
@@ -104,8 +105,6 @@ def run_rosters(model: OLMoE, tokens: Tensor, cache, rosters: int, tau: list[flo
     All rosters are the same until the first layer with noise, and one row runs for them; its router returns n rows.
     `position` is that of the first of the tokens in its text. For the other arguments see `predict`.
     """
-    if rosters < 1 or weights not in ("perturbed", "clean"):
-        raise ValueError(f"rosters must be 1 or more, and weights perturbed or clean, not {rosters} and {weights!r}")
     c = model.config
     route = None  # plain routing, which is all that one roster needs
     if rosters > 1 and any(tau):
@@ -133,10 +132,12 @@ def predict(model: OLMoE, tokens, cache, rosters: int, tau, seed: int, weights: 
         tau, weights: see `temperatures` and `stochastic_route`.
         seed: of the noise, see `gumbel`.
 
-    Runs in inference mode: whoever continues the cache by `model(...)` does so, too.
+    Runs in inference mode. So must `model(..., cache)` where it continues the cache.
 
-    Raises ValueError: more tokens than the model's context, or than the cache, has room for; an unknown name.
+    Raises ValueError: fewer than one roster, an unknown name; more tokens than the model's context, or the cache, has
+    room for, of which some may be in the cache then.
     """
+    check_rosters(rosters, weights)
     tokens, tau = as_ids(tokens, model.device)[None], temperatures(model.config, tau)
     if tokens.shape[1] > 1:
         model.hidden(tokens[:, :-1], cache)
@@ -182,7 +183,7 @@ def generate(
     tokens = as_ids(tokens, model.device, most=config.max_position_embeddings)
     if not (temperature >= 0 and top_p > 0):  # written so that NaN is refused, too
         raise ValueError(f"temperature must be 0 or more, and top_p above 0, not {temperature} and {top_p}")
-    max_len = min(config.max_position_embeddings, len(tokens) + max_new_tokens - 1)  # the last token is not read again
+    max_len = min(config.max_position_embeddings, len(tokens) + max_new_tokens - 1)  # the last new one is not read
     if branching:
         first_noisy = next((layer for layer, value in enumerate(tau) if value > 0), None)
         cache = BranchingCache(config, max_len, rosters, len(tokens) - 1, first_noisy)
@@ -209,7 +210,7 @@ def choose(log_probs: Tensor, temperature: float, top_p: float, seed: int, posit
         if top_p < 1:  # a sample from the smallest set of most likely tokens that has this probability
             probs, ids = log_probs.softmax(-1).sort(descending=True)
             before = probs.cumsum(-1) - probs  # the probability of all that are likelier
-            log_probs[ids[1:][before[1:] >= top_p]] = -math.inf
+            log_probs[ids[1:][before[1:] >= top_p]] = -math.inf  # the likeliest stays, however small top_p is
         # It is drawn as experts are, by adding Gumbel noise: that of a position below 0, which no token has.
         log_probs += gumbel(seed, -1 - position, len(log_probs)).to(log_probs.device)
     return log_probs.argmax().item()
@@ -233,16 +234,20 @@ def score(
     its own at t. `watch` is called as watch(logits [n, t, V], log_probs [t, V], tokens [t], cache) for every t tokens.
 
     Returns:
-        log-probabilities [n, T - 1] in float32; row m - 1 is what `generate` with m rosters gives to tokens[1:].
+        log-probabilities [n, T - 1] in float32; row m - 1 is what `generate` with m rosters, the Clean Cache and
+        temperature 0 gives to tokens[1:], but for rounding.
 
     Raises ValueError: fewer than two tokens, a cache and a text longer than the context, an unknown name, a number out
     of its range, predictions that are not finite.
     """
+    check_rosters(rosters, weights)
     config, tau = model.config, temperatures(model.config, tau)
     tokens = as_ids(tokens, model.device, least=2)
     counts = torch.arange(1, rosters + 1, dtype=torch.float32, device=model.device)[:, None]
-    chunk = max(1, 512 // max(1, int(rosters)))  # bounds the rows times positions, and with them the memory
-    position = cache.length if cache else 0  # in the text: noise counts on through the pieces, each with a new cache
+    chunk = max(1, 512 // int(rosters))  # bounds the rows times positions, and with them the memory
+    position = (
+        cache.length if cache else 0
+    )  # in the whole text: it belongs to the noise, and counts on where a piece ends
     scores = []
     for piece, targets in zip(*(ids.split(config.max_position_embeddings) for ids in (tokens[:-1], tokens[1:]))):
         history = cache or SharedCache(config, len(piece))
@@ -257,6 +262,11 @@ def score(
     if scores.isnan().any():
         raise ValueError(NOT_FINITE)
     return scores
+
+
+def check_rosters(rosters: int, weights: str) -> None:
+    if rosters < 1 or weights not in ("perturbed", "clean"):
+        raise ValueError(f"rosters must be 1 or more, and weights perturbed or clean, not {rosters} and {weights!r}")
 
 
 def as_ids(tokens, device: torch.device, least: int = 1, most: int | None = None) -> Tensor:
@@ -398,7 +408,10 @@ def main() -> None:
         tokens = tokenizer.encode(text, add_special_tokens=not args.chat).ids
         if max(tokens, default=0) >= config.vocab_size:
             raise ValueError(f"the text has the token id {max(tokens)}, but vocab_size is only {config.vocab_size}")
-        as_ids(tokens, device, *((2,) if args.prompt is None else (1, config.max_position_embeddings)))
+        if args.ppl is None:
+            as_ids(tokens, device, most=config.max_position_embeddings)
+        else:
+            as_ids(tokens, device, least=2)
         if args.prompt is None and "\r" in text:
             print(f"{args.ppl!r} has carriage returns, as on Windows; they are scored as they are", file=sys.stderr)
         model = load_weights(source, config, device, args.dtype)

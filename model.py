@@ -58,7 +58,7 @@ class OLMoE(nn.Module):
     dtype = property(lambda self: self.model.embed_tokens.weight.dtype)
 
     def forward(self, tokens: Tensor, cache=None, route: Callable | None = None) -> Tensor:
-        """Predicts the next token at every position: ids [n, T] -> logits [rows, T, V], n rows or those of the last route.
+        """Predicts the next token at every position: ids [n, T] -> logits [rows, T, V], n or the last route's rows.
 
         With a cache of `cache.py` n is 1: the tokens of one text, which follow those that the cache holds. Without one,
         every row is a sequence. route(layer, router logits [n, T, E]) -> weights, indices [n or more, T, k]; by default

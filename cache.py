@@ -7,9 +7,9 @@ Both caches hand a layer's attention these two, and differ only in what they kee
     shared        the clean history (row 0's)           the current token; row 0's becomes history
     branching     the prompt but its last token         its continuation so far, kept
 
-`length` is the number of positions stored so far. Each layer writes there, and the last one moves it on. To forget the
-positions after it, set it to a smaller value (with the branching cache to no less than `prompt_len`). All memory is
-allocated when the first keys come, whose dtype and device it takes.
+`length` is the number of positions stored so far. New ones are written from there on, and the last layer advances it.
+Lower it to forget what lies beyond (with the branching cache not below `prompt_len`). All memory is allocated when the
+first keys come, whose dtype and device it takes.
 
 Shapes: n rows, Hk key-value heads of size D, T new positions.
 """
@@ -73,9 +73,11 @@ class BranchingCache:
 
     def __init__(self, config, max_len: int, rosters: int, prompt_len: int, first_noisy: int | None):
         layers, Hk, D = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-        one_row = layers if rosters == 1 or first_noisy is None else first_noisy + 1  # so many layers have one row
-        lengths = [max_len if layer < one_row else prompt_len for layer in range(layers)]
-        self.shapes = [((1, Hk, length, D), (rosters, Hk, max_len - length, D)) for length in lengths]
+        one_row = (
+            layers if rosters == 1 or first_noisy is None else first_noisy + 1
+        )  # the number of layers with one row
+        shared = [max_len if layer < one_row else prompt_len for layer in range(layers)]
+        self.shapes = [((1, Hk, length, D), (rosters, Hk, max_len - length, D)) for length in shared]
         self.prompt_len = prompt_len
         self.length = 0
         self.nbytes = 0
@@ -86,7 +88,7 @@ class BranchingCache:
 
         With n > 1 rows T is 1, and own_k, own_v are [n, Hk, 1, C, D]: a roster's continuation of C positions.
 
-        Raises ValueError: the cache is full; n rows come before the prompt is complete, or more than one token of them.
+        Raises ValueError: the cache is full; n > 1 rows before the prompt is complete, or with T > 1.
         """
         if not self.layers:
             for shared, own in self.shapes:

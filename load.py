@@ -116,7 +116,7 @@ def read_json(file: Path, kind: type = dict, hint: str = HINT) -> dict | list:
 
 def read_config(folder: Path) -> Config:
     """config.json as a `Config`. What it asks for beyond OLMoE as published is refused by name."""
-    raw = {"model_type": None} | read_json(folder / "config.json")  # to be refused where it is missing, too
+    raw = {"model_type": None} | read_json(folder / "config.json")  # None is refused below
     ends = folder / "generation_config.json"
     eos = read_json(ends).get("eos_token_id") if ends.exists() else None
     eos = raw.get("eos_token_id") if eos is None else eos  # as in transformers, the other file comes first
@@ -136,7 +136,7 @@ def read_config(folder: Path) -> Config:
         values = {}
         for field in fields(Config):
             value = raw.get(field.name, field.default)
-            if field.type in BOUNDS and value is not field.default:  # `Config` names a missing size
+            if field.type in BOUNDS and value is not field.default:  # an absent size (MISSING) `Config` names
                 low, high = BOUNDS[field.type]
                 kind = float if isinstance(low, float) and type(value) is int else type(value)  # 8 is a float, too
                 if kind is not type(low) or not low <= value <= high:
@@ -198,7 +198,7 @@ def load_weights(source, config: Config, device="auto", dtype="auto", fast: bool
         stored_as = next(stored_as for _, name, _, stored_as in stored if name in (EMBEDDING, HEAD))
         kind = torch.float32 if small else DTYPES[stored_as]
     model.load_state_dict(by_parameter(read_tensors(stored, device, kind), config), assign=True)
-    if config.tie_word_embeddings:
+    if config.tie_word_embeddings:  # `assign` has made two parameters of the tensor
         model.model.embed_tokens.weight = model.lm_head.weight
     return speed_up(model) if fast else model
 
@@ -243,13 +243,15 @@ def by_parameter(tensors: Iterable[tuple[str, Tensor]], config: Config) -> dict[
         found = {name: tensor}
         prefix, _, fused = name.rpartition(".")
         if prefix.endswith(".experts") and tensor.dim() == 3 and len(tensor) == E:
-            parts = fused.removesuffix("_proj").split("_")  # gate and up share a tensor, down has its own
+            parts = fused.removesuffix("_proj").split("_")  # gate_up_proj [E, 2I, d]: gate, up; down_proj: down
             pieces = list(zip(parts, tensor.chunk(len(parts), 1)))
             found = {f"{prefix}.{e}.{part}_proj.weight": piece[e] for part, piece in pieces for e in range(E)}
         if twice := found.keys() & state.keys():
             raise ValueError(f"{min(twice)} is stored twice")
         state |= found
-    if config.tie_word_embeddings:  # either of the two may be stored, and stands for both; None is refused as missing
+    if (
+        config.tie_word_embeddings
+    ):  # either may be stored, and stands for both; without any load_state_dict refuses None
         embedding = state.setdefault(EMBEDDING, state.get(HEAD))
         head = state.setdefault(HEAD, embedding)
         if head is not embedding and not head.is_meta and not head.equal(embedding):
@@ -286,7 +288,7 @@ def read_text(prompt: str | None, file: str | None) -> str:
     with using("the prompt" if file is None else repr(file), "give text in UTF-8"):
         if prompt in (None, "-"):
             with open(0 if prompt else file, "rb", closefd=not prompt) as opened:
-                os.set_blocking(opened.fileno(), True)
+                os.set_blocking(opened.fileno(), True)  # else reading ends where a pipe is empty for now
                 data = opened.read(MOST_BYTES + 1)
         else:
             data = os.fsencode(prompt)

@@ -1,6 +1,6 @@
 """The OLMoE transformer (arXiv 2409.02060) in plain PyTorch.
 
-A row is a sequence of its own or, with a cache, one of n versions (rosters) of the same token. Nothing here knows of
+Without a cache rows are independent sequences; with one they are n rosters of the same tokens. Nothing here knows of
 noise: a function `route` decides which experts run, and if it returns more rows than it was given, the path branches
 there. The names of parameters are those of the tensors in OLMoE's checkpoints.
 
@@ -98,7 +98,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache, route: Callable) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
-        return x + self.mlp(self.post_attention_layernorm(x), route)  # where the path branches, [1, T, d] + [n, T, d]
+        return x + self.mlp(self.post_attention_layernorm(x), route)  # this may be [1, T, d] + [n, T, d]
 
 
 class Attention(nn.Module):
@@ -137,12 +137,13 @@ def attend(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: 
         shared_k, shared_v: [1, Hk, S, D], read once for all rows and not copied.
         own_k, own_v: [n, Hk, T, C, D], C positions for each query.
 
-    With n rows a query's own position is not among the shared, which hold row 0's keys and values. What T = 3 queries
-    see (x) after a history of 4 positions (with a `BranchingCache` and n rows T is 1, and sees all S + C):
+    With a `SharedCache` and n rows each query has its own position as C = 1, and the last query's is left out of the
+    shared ones. With one row nothing is left out, and C = 0. What T = 3 queries see (x) after a history of 4:
         n rows, S = 6, C = 1     shared    own        one row, S = 7, C = 0     shared
         first query            x x x x . .  x         first query            x x x x x . .
         second                 x x x x x .  x         second                 x x x x x x .
         last                   x x x x x x  x         last                   x x x x x x x
+    With a `BranchingCache` and n rows T is 1, and the query sees all S + C.
     """
     (_, Hk, S, D), T, C = shared_k.shape, q.shape[2], own_k.shape[3]
     q = q.unflatten(1, (Hk, -1)) * D**-0.5  # [n, Hk, g, T, D]: g query heads share a key-value head
@@ -165,8 +166,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, route: Callable) -> Tensor:
         weights, indices = route(self.layer, self.gate(x))
-        # The path branches here: where the route made n rows of one, experts run for n, and what they add has n rows.
-        x = x.expand(len(indices), -1, -1)
+        x = x.expand(len(indices), -1, -1)  # if the route made n rows of one, experts run for all n
         return self.experts(x, weights.to(x.dtype), indices)
 
 

@@ -66,7 +66,9 @@ def stochastic_route(logits: Tensor, noise: Tensor, k: int, weights: str = "pert
     indices = noisy.topk(k).indices
     mixing = {"perturbed": noisy, "clean": logits.float().expand_as(noisy)}[weights]
     probs = mixing.softmax(-1).gather(-1, indices)
-    return probs / probs.sum(-1, keepdim=True) if normalize else probs, indices
+    if normalize:
+        probs = probs / probs.sum(-1, keepdim=True)
+    return probs, indices
 
 
 # ---- 2.2 Temperatures -----------------------------------------------------------------------------------------------
@@ -78,7 +80,7 @@ def temperatures(config: Config, tau: float | Sequence[float] | None = None, ski
     Args:
         tau: one value per layer, or a number for all but the first and last layers. None: the model's own values
             (`config.tau`), or 0.2 if it has none.
-        skip: how many layers at each end get 0 for a number; in a small model all. (The paper's L; here L is another.)
+        skip: layers at each end that get 0 where tau is a number (the paper's L): all, if there are only 2 * skip.
 
     Raises ValueError: a value that is not from 0 to 100, or not one per layer.
     """
@@ -119,7 +121,7 @@ def run_rosters(model: OLMoE, tokens: Tensor, cache, rosters: int, tau: list[flo
                 return top_k(logits, c.num_experts_per_tok, c.norm_topk_prob)
             return stochastic_route(logits, noise[:, :, layer], c.num_experts_per_tok, weights, c.norm_topk_prob)
 
-    return model(tokens, cache, route).expand(rosters, -1, -1)  # still one row if no layer has noise
+    return model(tokens, cache, route).expand(rosters, -1, -1)  # the model returns one row if no layer had noise
 
 
 @torch.inference_mode()
@@ -132,10 +134,10 @@ def predict(model: OLMoE, tokens, cache, rosters: int, tau, seed: int, weights: 
         tau, weights: see `temperatures` and `stochastic_route`.
         seed: of the noise, see `gumbel`.
 
-    Runs in inference mode. So must `model(..., cache)` where it continues the cache.
+    Runs in inference mode; a later `model(..., cache)` on the same cache must do so, too.
 
-    Raises ValueError: fewer than one roster, an unknown name; more tokens than the model's context, or the cache, has
-    room for, of which some may be in the cache then.
+    Raises ValueError: rosters below 1, unknown weights; more tokens than the context or the cache has room for (it may
+    hold some of them then).
     """
     check_rosters(rosters, weights)
     tokens, tau = as_ids(tokens, model.device)[None], temperatures(model.config, tau)
@@ -172,7 +174,7 @@ def generate(
     """Generates text with n rosters for every token, and yields each token's id as soon as it is known.
 
     Ends before an end-of-text token, after `max_new_tokens`, or when the model's context is full. With the Clean Cache
-    a text that is cut anywhere and continued with the same seed goes on as if it had not been. `watch` is called as
+    two calls, the second with all text so far and the same seed, write what one would have. `watch` is called as
     watch(logits [n, 1, V], log_probs [1, V], tokens [1], cache) for every token, before it is yielded; log_probs is the
     average that it was chosen from.
 
@@ -183,13 +185,15 @@ def generate(
     tokens = as_ids(tokens, model.device, most=config.max_position_embeddings)
     if not (temperature >= 0 and top_p > 0):  # written so that NaN is refused, too
         raise ValueError(f"temperature must be 0 or more, and top_p above 0, not {temperature} and {top_p}")
-    max_len = min(config.max_position_embeddings, len(tokens) + max_new_tokens - 1)  # the last new one is not read
+    max_len = min(
+        config.max_position_embeddings, len(tokens) + max_new_tokens - 1
+    )  # what is cached: the last new one is not
     if branching:
         first_noisy = next((layer for layer, value in enumerate(tau) if value > 0), None)
         cache = BranchingCache(config, max_len, rosters, len(tokens) - 1, first_noisy)
     else:
         cache = SharedCache(config, max_len)
-    for position in range(len(tokens) - 1, max_len):  # of the last token that is read; the next one is predicted
+    for position in range(len(tokens) - 1, max_len):  # of the newest token that is read
         logits = predict(model, tokens, cache, rosters, tau, seed, weights)
         log_probs = aggregate(logits)
         token = choose(log_probs, temperature, top_p, seed, position)
@@ -219,7 +223,7 @@ def choose(log_probs: Tensor, temperature: float, top_p: float, seed: int, posit
 @torch.inference_mode()
 def score(
     model: OLMoE,
-    tokens: Sequence[int],  # T >= 2; a text longer than the context is read in pieces, each without those before it
+    tokens: Sequence[int],  # T >= 2; a text longer than the context is read in pieces that do not see each other
     rosters: int,
     tau: float | Sequence[float] | None = None,  # this and the next two as in `generate`
     seed: int = 0,
@@ -245,12 +249,10 @@ def score(
     tokens = as_ids(tokens, model.device, least=2)
     counts = torch.arange(1, rosters + 1, dtype=torch.float32, device=model.device)[:, None]
     chunk = max(1, 512 // int(rosters))  # bounds the rows times positions, and with them the memory
-    position = (
-        cache.length if cache else 0
-    )  # in the whole text: it belongs to the noise, and counts on where a piece ends
+    position = cache.length if cache else 0  # in the whole text, for the noise; the model's begin anew in each piece
     scores = []
     for piece, targets in zip(*(ids.split(config.max_position_embeddings) for ids in (tokens[:-1], tokens[1:]))):
-        history = cache or SharedCache(config, len(piece))
+        history = SharedCache(config, len(piece)) if cache is None else cache
         for part, target in zip(piece.split(chunk), targets.split(chunk)):
             logits = run_rosters(model, part[None], history, rosters, tau, seed, position, weights)
             found = logits.float().log_softmax(-1).gather(-1, target.expand(rosters, -1)[..., None])[..., 0]
@@ -374,7 +376,7 @@ def print_generation(args: argparse.Namespace, model: OLMoE, tokenizer: Tokenize
         if not seen:
             raise
     print(tokenizer.decode(ids)[len(text) :], flush=True)
-    _, overruled, times, nbytes = zip(*seen) if seen else [[0]] * 4
+    _, overruled, times, nbytes = zip(*seen) if seen else ((0,), (0,), (0,), (0,))
     speed = f", {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s" if len(times) > 1 else ""
     stats = f"{len(ids)} tokens{speed}, rosters: {args.rosters[0]}, cache: {nbytes[-1]:,} bytes; the average "
     print(f"{stats}overruled the clean roster on {sum(overruled)} of the tokens", file=sys.stderr)
@@ -392,7 +394,7 @@ def print_perplexity(args: argparse.Namespace, model: OLMoE, tokenizer: Tokenize
 
 
 def main() -> None:
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # closed: print would take standard output instead
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # None if closed, for which print takes standard output
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's cannot; a terminal may not know all characters
         sys.stdout.reconfigure(encoding=None if sys.stdout.isatty() else "utf-8", errors="replace")
     args = parse_arguments()

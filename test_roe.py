@@ -35,6 +35,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -389,21 +390,24 @@ TUNED = json.loads((ROOT / "tiny" / "tau.json").read_text())
 
 
 def noisy_router(gate, noise, weights, hidden):
-    """The router of a layer of transformers' model, with noise [E] at the last token."""
-    logits = F.linear(hidden.view(-1, gate.hidden_dim), gate.weight)
-    noisy = logits.clone()
-    noisy[-1] += noise
+    """The router of a layer of transformers' model, with noise [E], or [tokens, E]."""
+    logits = F.linear(hidden.reshape(-1, gate.hidden_dim), gate.weight)
+    noisy = logits + noise
     indices = noisy.argsort(-1, descending=True)[:, : gate.top_k]
-    probs = (noisy if weights == "perturbed" else logits).exp()
-    return logits, (probs / probs.sum(-1, keepdim=True)).gather(-1, indices), indices
+    probs = (noisy if weights == "perturbed" else logits).softmax(-1).gather(-1, indices)
+    return logits, probs / probs.sum(-1, keepdim=True) if gate.norm_topk_prob else probs, indices
 
 
+@pytest.mark.parametrize("normalised", [False, True])
 @pytest.mark.parametrize("weights", ["clean", "perturbed"])
 @pytest.mark.parametrize("kind", ["shared", "branching"])
 @torch.inference_mode()
-def test_rosters_equal_separate_runs(small, kind, weights):
+def test_rosters_equal_separate_runs(small, monkeypatch, kind, weights, normalised):
     n, seed, prompt, forced = 4, 2**40 + 3, random_tokens(12), random_tokens(10, seed=2)
     model, hf, E = small.model, copy.deepcopy(small.hf), SMALL["num_experts"]
+    monkeypatch.setattr(model.config, "norm_topk_prob", normalised)
+    for block in hf.model.layers:
+        block.mlp.gate.norm_topk_prob = normalised
 
     def run(tokens, past, noise):
         for layer, block in enumerate(hf.model.layers):
@@ -430,6 +434,104 @@ def test_rosters_equal_separate_runs(small, kind, weights):
         if kind == "shared":
             run(tokens[-1:], histories[0], noise[0])
         assert (logits[1:] - logits[0]).abs().max() > 0.1  # the noise did change predictions
+
+
+def separate_runs(hf, tokens, n, tau, seed, weights, first=-1):
+    """Logits [n, V] after these tokens by transformers: n whole sequences, with noise from the token `first` on."""
+    L, E, T = hf.config.num_hidden_layers, hf.config.num_experts, len(tokens)
+    noise = torch.zeros(n, T, L, E)
+    for t in range(first % T, T):
+        noise[1:, t] = roe.gumbel(seed, t, n, L, E)[1:] * torch.tensor(tau)[:, None]
+    for layer, block in enumerate(hf.model.layers):
+        gate = block.mlp.gate
+        gate.forward = partial(noisy_router, gate, noise[:, :, layer].flatten(0, 1), weights)
+    with torch.inference_mode():
+        return hf(torch.tensor([list(tokens)] * n)).logits[:, -1]
+
+
+def separate_text(hf, prompt, rosters, tau, max_new_tokens, branching=False, temperature=0.0, top_p=1.0, **options):
+    """What `generate` should yield: the choice from the mean probability of separate runs, made by hand."""
+    tokens, options = list(prompt), {"seed": 0, "weights": "perturbed"} | options
+    for _ in range(max_new_tokens):
+        first = len(prompt) - 1 if branching else -1
+        p = separate_runs(hf, tokens, rosters, tau, **options, first=first).double().softmax(-1).mean(0)
+        if temperature:
+            p = p ** (1 / temperature) / (p ** (1 / temperature)).sum()
+            order, kept = p.argsort(descending=True), 1
+            while kept < len(p) and p[order[:kept]].sum() < top_p:
+                kept += 1
+            p[order[kept:]] = 0
+            p = p.log() + roe.gumbel(options["seed"], -len(tokens), len(p))
+        tokens.append(p.argmax().item())
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("case", range(12))
+@torch.inference_mode()
+def test_models_and_settings_at_random(tmp_path, case):
+    """Any shape, in pieces of any length, from the first position to the last of the context; fast or plain."""
+    r = random.Random(case)
+    kv_heads, layers, experts, context = r.randint(1, 3), r.randint(1, 5), r.randint(1, 12), r.randint(6, 24)
+    changes = {
+        "num_key_value_heads": kv_heads,
+        "num_attention_heads": (heads := kv_heads * r.choice((1, 2, 4))),
+        "hidden_size": heads * 2 * r.randint(2, 8),
+        "intermediate_size": r.randint(1, 60),
+        "num_hidden_layers": layers,
+        "num_experts": experts,
+        "num_experts_per_tok": r.randint(1, experts),
+        "max_position_embeddings": context,
+        "norm_topk_prob": r.random() < 0.5,
+        "clip_qkv": r.choice((None, 1.0)),
+    }
+    hf, model = save(tmp_path, changes=changes), load(tmp_path, "cpu", fast=r.random() < 0.5)[0]
+    n, seed, weights = r.randint(2, 6), r.randint(-99, 99), r.choice(("clean", "perturbed"))
+    tau = roe.temperatures(model.config, r.uniform(0.3, 2), skip=r.randint(0, layers // 2 + 1))
+    tokens, pieces = random_tokens(context, case), [0, *sorted(r.sample(range(1, context), context // 2)), context]
+    close = {"rtol": 0, "atol": 2e-4}  # a clipped or narrow model has logits of order 100
+    expected = torch.stack([separate_runs(hf, tokens[:t], n, tau, seed, weights) for t in range(1, context + 1)], 1)
+    cache = SharedCache(model.config, context)
+    for start, end in itertools.pairwise(pieces):
+        logits = roe.predict(model, tokens[start:end], cache, n, tau, seed, weights)
+        torch.testing.assert_close(logits, expected[:, end - 1], **close)
+    probs = expected[:, range(context - 1), tokens[1:]] - expected[:, :-1].logsumexp(-1)
+    probs = (probs.exp().cumsum(0) / torch.arange(1, n + 1)[:, None]).log()
+    torch.testing.assert_close(roe.score(model, tokens, n, tau, seed, weights), probs, **close)
+    cache.length = 0
+    parts = [tokens[i : j + 1] for i, j in itertools.pairwise(pieces) if i < context - 1]
+    scores = [roe.score(model, part, n, tau, seed, weights, cache) for part in parts if len(part) > 1]
+    torch.testing.assert_close(torch.cat(scores, 1), probs, **close)
+
+    prompt, first_noisy = r.randint(1, context), next((layer for layer in range(layers) if tau[layer]), None)
+    cache = BranchingCache(model.config, context, n, prompt - 1, first_noisy)
+    for end in range(prompt, context + 1):
+        logits = roe.predict(model, tokens[cache.length : end], cache, n, tau, seed, weights)
+        torch.testing.assert_close(logits, separate_runs(hf, tokens[:end], n, tau, seed, weights, prompt - 1), **close)
+
+
+# Fields of config.json that weights of the same shapes allow to change; the rest is in CONFIGS.
+FIELDS = {
+    "num_experts_per_tok": {"num_experts_per_tok": 3},
+    "norm_topk_prob": {"norm_topk_prob": True},
+    "heads": {"num_attention_heads": 2, "num_key_value_heads": 1},
+    "clip_qkv": {"clip_qkv": 0.5},
+    "rms_norm_eps": {"rms_norm_eps": 0.1},
+    "rope_theta": {"rope_parameters": {"rope_theta": 50.0, "rope_type": "default"}},
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@torch.inference_mode()
+def test_fields_of_the_config_reach_all_rosters(small, tmp_path, name):
+    shutil.copytree(small.path, tmp_path, dirs_exist_ok=True)
+    config_with(**FIELDS[name])(tmp_path)
+    model, hf, tokens = load(tmp_path, "cpu")[0], OlmoeForCausalLM.from_pretrained(tmp_path), random_tokens(20)
+    usual = copy.deepcopy(small.hf)
+    for cache in (SharedCache(model.config, 20), BranchingCache(model.config, 20, 3, 19, 1)):
+        logits = roe.predict(model, tokens, cache, 3, TAU, 0)
+        torch.testing.assert_close(logits, separate_runs(hf, tokens, 3, TAU, 0, "perturbed"), **CLOSE)
+        others = separate_runs(usual, tokens, 3, TAU, 0, "perturbed")
+        assert ((logits - others).abs().amax(1) > 0.05).all()  # the field does matter, in every row
 
 
 # ---- One text: noise belongs to a position --------------------------------------------------------------------------
@@ -996,6 +1098,64 @@ def cli(monkeypatch, capfd, tmp_path):
         return 0, *capfd.readouterr()
 
     return run
+
+
+# Each setting where it matters, and beside which: its options on the command line, and its arguments in Python.
+NOISY = [0.0, 1.0, 1.0, 0.0]
+SETTINGS = {
+    "defaults": ([], {}),
+    "rosters": (["--rosters=9"], {"rosters": 9}),
+    "one roster": (["--rosters=1"], {"rosters": 1}),
+    "tau": (["--tau=1"], {"tau": NOISY}),
+    "tau and skip": (["--tau=1", "--skip=0"], {"tau": [1.0] * 4}),
+    "tau of a file": (["--tau", "tau.json"], {"tau": [0.5, 0.0, 1.5, 0.25]}),
+    "tau and weights": (["--tau=1", "--weights=clean"], {"tau": NOISY, "weights": "clean"}),
+    "tau and seed": (["--tau=1", "--seed=-7"], {"tau": NOISY, "seed": -7}),
+    "tau and cache": (["--tau=1", "--cache=branching"], {"tau": NOISY, "branching": True}),
+    "new tokens": (["--max-new-tokens=5"], {"max_new_tokens": 5}),
+    "temperature": (["--temperature=0.8"], {"temperature": 0.8}),
+    "temperature and seed": (["--temperature=0.8", "--seed=1"], {"temperature": 0.8, "seed": 1}),
+    "temperature and top-p": (["--temperature=0.8", "--top-p=0.5"], {"temperature": 0.8, "top_p": 0.5}),
+}
+
+
+def test_settings_from_their_doors_to_their_places(small, cli, tmp_path, monkeypatch):
+    """Both jobs of the command line, `generate` and `score`, against separate runs of transformers."""
+    monkeypatch.chdir(tmp_path)
+    Path("tau.json").write_text("[0.5, 0.0, 1.5, 0.25]")
+    Path("text").write_text(text := "import os; x =")
+    hf, tokenizer, texts, tables = copy.deepcopy(small.hf), read_tokenizer(small.path), set(), set()
+    ids = tokenizer.encode(text).ids
+    for name, (options, arguments) in SETTINGS.items():
+        arguments = {"rosters": 4, "tau": [0.0, 0.2, 0.2, 0.0], "max_new_tokens": 12} | arguments
+        expected = separate_text(hf, ids, **arguments)
+        assert generated(small.model, ids, **arguments) == expected, name
+        length = [] if name == "new tokens" else ["--max-new-tokens=12"]
+        status, out, _ = cli("--model", small.path, "--prompt", text, *length, *options)
+        assert (status, out) == (0, tokenizer.decode(expected) + "\n"), name
+        texts.add(tuple(expected))
+
+        if name == "new tokens" or {"temperature", "branching"} & arguments.keys():  # which are not for scores
+            continue
+        kept = {key: value for key, value in arguments.items() if key != "max_new_tokens"}
+        n, rest = kept["rosters"], (kept["tau"], kept.get("seed", 0), kept.get("weights", "perturbed"))
+        runs = torch.stack([separate_runs(hf, ids[:t], n, *rest) for t in range(1, len(ids))], 1)
+        scores = (runs.softmax(-1)[:, range(len(ids) - 1), ids[1:]].cumsum(0) / torch.arange(1, n + 1)[:, None]).log()
+        torch.testing.assert_close(roe.score(small.model, ids, **kept), scores, **CLOSE)
+        status, out, _ = cli("--model", small.path, "--ppl", "text", *options)
+        perplexity = math.exp(-scores[-1].mean())  # off by 1e-4 of itself, as scores may be, and 5e-5 as printed
+        assert float(out.split()[-2]) == pytest.approx(perplexity, rel=1e-4, abs=5e-5), name
+        tables.add(out)
+    assert len(texts) == len(SETTINGS) and len(tables) == 8  # no two are alike: every setting did matter
+
+
+def test_dtype_and_model_options(small, cli):
+    """In half the bytes; and each model is another one."""
+    run = lambda *options: cli("--prompt", "x = ", "--max-new-tokens", 9, *options)
+    stats = [run("--model", small.path, f"--dtype={dtype}")[2] for dtype in ("float32", "float16", "bfloat16")]
+    sizes = [int(line.split("cache: ")[1].split(" bytes")[0].replace(",", "")) for line in stats]
+    assert sizes == [4 * 12 * 2 * 2 * 16 * 4 // part for part in (1, 2, 2)]  # layers, positions, k and v, heads, D
+    assert run("--model", small.path)[1] != run()[1] == run("--model", ROOT / "tiny")[1]
 
 
 def test_prompt(cli, embedded):

@@ -217,6 +217,22 @@ def test_weights_load_exactly(tmp_path, monkeypatch, layout, dtype):
         assert torch.equal(model.state_dict()[name], tensor), name
 
 
+def test_dtype_of_a_mixed_checkpoint(tmp_path, monkeypatch):
+    """Its embedding's, or its head's, whatever is stored first."""
+    save(tmp_path, torch.bfloat16)
+    tensors, ends = load_file(tmp_path / SINGLE), ("lm_head.weight", "model.embed_tokens.weight")
+    files = {"a.safetensors": {n: t.float() for n, t in tensors.items() if n not in ends}}
+    files["b.safetensors"] = {name: tensors[name] for name in ends}
+    for name, content in files.items():
+        save_file(content, tmp_path / name)
+    weight_map = {tensor: file for file, content in files.items() for tensor in content}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / SINGLE).unlink()
+    monkeypatch.setattr("load.SMALL", 0)
+    model = load(tmp_path, "cpu", fast=False)[0]
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
 def test_published_config(tmp_path):
     """OLMoE-1B-7B-0125's, as transformers 4 wrote it."""
     values = {
@@ -260,9 +276,9 @@ def test_what_libraries_leave_in_checkpoints(tmp_path, cli, name):
     file = tmp_path / "config.json" if name.startswith("rope") else weights
     rewrite(file, lambda content: content.update(LEFTOVERS[name]))
     if "token" in name:
-        tokenizer_with(vocab={"x": 1, "y": 400})(tmp_path)
-        refused(cli("--model", tmp_path, "--prompt", "xy"), "has the token id 400, but vocab_size is only 304")
-        assert cli("--model", tmp_path, "--prompt", "xx", "--max-new-tokens", "1")[0] == 0
+        tokenizer_with(vocab={"x": 1, "y": 304, "z": 303})(tmp_path)
+        refused(cli("--model", tmp_path, "--prompt", "xy"), "has the token id 304, but vocab_size is only 304")
+        assert cli("--model", tmp_path, "--prompt", "xz", "--max-new-tokens", "1")[0] == 0
     for model in (load(tmp_path, "cpu")[0], lambda tokens: OlmoeForCausalLM.from_pretrained(tmp_path)(tokens).logits):
         torch.testing.assert_close(model(tokens), hf(tokens).logits, **CLOSE)
     if name == "tied, both stored":
@@ -1026,12 +1042,15 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """Answers for one model, test/model, as the hub does: what files there are, and the files."""
 
     commit, files, requested = "0" * 40, {}, []
+    main = commit
 
     def do_GET(self):
         file = self.path.removeprefix(f"/test/model/resolve/{self.commit}/")
         status, body, headers = 404, b"", {"X-Error-Code": "RepoNotFound"}
         if self.path.endswith(("revision/main", "revision/step100-tokens1B")):
-            status, body = 200, json.dumps({"id": "test/model", "sha": self.commit, "siblings": []}).encode()
+            sha = self.main if self.path.endswith("main") else self.commit
+            status, body = 200, json.dumps({"id": "test/model", "sha": sha, "siblings": []}).encode()
+            Hub.main = "1" * 40  # where the model moves on, to files that are not there
         elif self.path.startswith(f"/api/models/test/model/tree/{self.commit}"):
             entries = [{"type": "file", "path": n, "size": len(b), "oid": self.commit} for n, b in self.files.items()]
             status, body = 200, json.dumps(entries).encode()
@@ -1051,22 +1070,34 @@ class Hub(http.server.BaseHTTPRequestHandler):
     log_message = lambda *_: None
 
 
-def test_hub_ids(small, tmp_path):
-    Hub.files = {file.name: file.read_bytes() for file in small.path.iterdir()}
+def test_hub_ids(cli, sharded, tmp_path):
+    """All that is needed of one revision, and nothing else: what describes a model first, then its index and shards."""
+    local = shutil.copytree(sharded, tmp_path / "local")
+    (local / "chat_template.jinja").write_text(TEMPLATE)
+    (local / "tau.json").write_text("[0, 3, 3, 0]")
+    (local / "tokenizer_config.json").write_text(json.dumps(added("<|user|>", 256)))
+    options = ["--prompt", "x", "--max-new-tokens", "9", "--chat"]
+    expected = cli("--model", local, *options)[1]
+    assert expected != cli("--model", local, *options, "--tau", 0.2)[1]  # what tau.json says does matter
+    Hub.files = {file.name: file.read_bytes() for file in local.iterdir()}
     Hub.files |= dict.fromkeys(("pytorch_model.bin", "vocab.json", "original/model.safetensors"), b"not needed")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     hub = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
-    run = lambda model, **env: program("--model", model, "--prompt", "x", "--max-new-tokens", "3", **hub | env)
 
-    good, Hub.files["config.json"] = Hub.files["config.json"], b"{}"
+    def run(model, **environment):
+        Hub.main = Hub.commit
+        return program("--model", model, *options, **hub | environment)
+
+    Hub.files["adapter_config.json"] = b"{}"
     status, text, err = run("test/model", HF_HOME=str(tmp_path / "other"))
-    refused((status, text, err.splitlines(keepends=True)[-1]), "model_type None is not implemented")  # after progress
-    assert "config.json" in Hub.requested and "model.safetensors" not in Hub.requested
-    Hub.files["config.json"] = good
+    refused((status, text, err.splitlines(keepends=True)[-1]), "is an adapter; merge it")  # after progress
+    assert "config.json" in Hub.requested and not any("safetensors" in name for name in Hub.requested)
+    del Hub.files["adapter_config.json"]
+    Hub.requested.clear()
     status, text, err = run("test/model")
-    assert status == 0 and err.splitlines()[-1].startswith("3 tokens")
-    assert set(Hub.requested) == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    assert (status, text) == (0, expected) and err.splitlines()[-1].startswith("9 tokens")
+    assert set(Hub.requested) == {file.name for file in local.iterdir()}
     assert run("test/model@step100-tokens1B")[:2] == (0, text)
     refused(run("test/model@step7"), "test/model@step7 cannot be used: ")
     refused(run("test/unknown"), "test/unknown cannot be used: ")
@@ -1101,17 +1132,17 @@ def cli(monkeypatch, capfd, tmp_path):
 
 
 # Each setting where it matters, and beside which: its options on the command line, and its arguments in Python.
-NOISY = [0.0, 1.0, 1.0, 0.0]
+NOISY = [0.0, 4.0, 4.0, 0.0]
 SETTINGS = {
     "defaults": ([], {}),
-    "rosters": (["--rosters=9"], {"rosters": 9}),
+    "tau and rosters": (["--tau=4", "--rosters=9"], {"tau": NOISY, "rosters": 9}),
     "one roster": (["--rosters=1"], {"rosters": 1}),
-    "tau": (["--tau=1"], {"tau": NOISY}),
-    "tau and skip": (["--tau=1", "--skip=0"], {"tau": [1.0] * 4}),
+    "tau": (["--tau=4"], {"tau": NOISY}),
+    "tau and skip": (["--tau=4", "--skip=0"], {"tau": [4.0] * 4}),
     "tau of a file": (["--tau", "tau.json"], {"tau": [0.5, 0.0, 1.5, 0.25]}),
-    "tau and weights": (["--tau=1", "--weights=clean"], {"tau": NOISY, "weights": "clean"}),
-    "tau and seed": (["--tau=1", "--seed=-7"], {"tau": NOISY, "seed": -7}),
-    "tau and cache": (["--tau=1", "--cache=branching"], {"tau": NOISY, "branching": True}),
+    "tau and weights": (["--tau=4", "--weights=clean"], {"tau": NOISY, "weights": "clean"}),
+    "tau and seed": (["--tau=4", "--seed=-7"], {"tau": NOISY, "seed": -7}),
+    "tau and cache": (["--tau=4", "--cache=branching"], {"tau": NOISY, "branching": True}),
     "new tokens": (["--max-new-tokens=5"], {"max_new_tokens": 5}),
     "temperature": (["--temperature=0.8"], {"temperature": 0.8}),
     "temperature and seed": (["--temperature=0.8", "--seed=1"], {"temperature": 0.8, "seed": 1}),
@@ -1123,14 +1154,14 @@ def test_settings_from_their_doors_to_their_places(small, cli, tmp_path, monkeyp
     """Both jobs of the command line, `generate` and `score`, against separate runs of transformers."""
     monkeypatch.chdir(tmp_path)
     Path("tau.json").write_text("[0.5, 0.0, 1.5, 0.25]")
-    Path("text").write_text(text := "import os; x =")
+    Path("text").write_text(text := "class Stack:")
     hf, tokenizer, texts, tables = copy.deepcopy(small.hf), read_tokenizer(small.path), set(), set()
     ids = tokenizer.encode(text).ids
     for name, (options, arguments) in SETTINGS.items():
-        arguments = {"rosters": 4, "tau": [0.0, 0.2, 0.2, 0.0], "max_new_tokens": 12} | arguments
+        arguments = {"rosters": 4, "tau": [0.0, 0.2, 0.2, 0.0], "max_new_tokens": 16} | arguments
         expected = separate_text(hf, ids, **arguments)
         assert generated(small.model, ids, **arguments) == expected, name
-        length = [] if name == "new tokens" else ["--max-new-tokens=12"]
+        length = [] if name == "new tokens" else ["--max-new-tokens=16"]
         status, out, _ = cli("--model", small.path, "--prompt", text, *length, *options)
         assert (status, out) == (0, tokenizer.decode(expected) + "\n"), name
         texts.add(tuple(expected))
@@ -1300,14 +1331,22 @@ def test_perplexity_table(cli, embedded, tmp_path, settings):
     (tmp_path / "tau.json").write_text(json.dumps(tau))
     scores = roe.score(model, tokenizer.encode(text).ids, 8, tau, **settings)
     files = ["--ppl", tmp_path / "text.py", "--tau", tmp_path / "tau.json"]
-    status, out, _ = cli(*files, "--rosters", 2, 1, 8, "--dtype=float32", **settings)
+    status, out, _ = cli(*files, "--rosters", 2, 8, 1, "--dtype=float32", **settings)
     rows = [line.split() for line in out.splitlines()[1:]]
-    assert status == 0 and [int(row[0]) for row in rows] == [2, 1, 8]
+    assert status == 0 and [int(row[0]) for row in rows] == [2, 8, 1]
     one = math.exp(-scores[0].mean())
     for n, perplexity, change in rows:
         expected = math.exp(-scores[int(n) - 1].mean())
         assert float(perplexity) == pytest.approx(expected, abs=1e-4)  # as it is printed
         assert change[0] in "+-" and float(change[:-1]) == pytest.approx(100 * (expected / one - 1), abs=0.01)
+
+
+def test_perplexity_of_more_rosters_than_a_chunk_has_rows(small, cli, tmp_path):
+    """Position by position: the first three of 600 are those of three."""
+    (tmp_path / "text").write_text("some")
+    run = lambda *rosters: cli("--model", small.path, "--ppl", tmp_path / "text", "--tau", 1, "--rosters", *rosters)
+    few, many = ([float(row.split()[1]) for row in run(*n)[1].splitlines()[1:]] for n in ((2, 3), (2, 600, 3)))
+    assert few == pytest.approx([many[0], many[2]], rel=1e-5)  # sums of other shapes
 
 
 def test_perplexity_of_a_pipe(cli, tmp_path, monkeypatch):
@@ -1529,6 +1568,15 @@ def test_full_caches_and_contexts(small):
         with pytest.raises(ValueError, match="the cache is full"):
             roe.predict(model, [6], cache, 3, TAU, 0)
         assert cache.length == 5
+    for cache in (SharedCache(model.config, 5), BranchingCache(model.config, 9, 3, 5, 1)):  # several, up to the last
+        with torch.inference_mode():
+            model(torch.tensor([[1, 2, 3]]), cache)
+            with pytest.raises(ValueError, match="the cache is full"):
+                model(torch.tensor([[4, 5, 6]]), cache)
+            assert cache.length == 3
+            logits = model(torch.tensor([[4, 5]]), cache)
+            expected = model(torch.tensor([[1, 2, 3, 4, 5]]))[:, 3:]
+        assert cache.length == 5 and (logits - expected).abs().median() < 0.1  # in bfloat16, of order 1 to 10
     cache = SharedCache(model.config, 200)
     roe.predict(model, random_tokens(127), cache, 1, 0.0, 0)
     history = copy.deepcopy(cache)

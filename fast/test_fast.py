@@ -1,17 +1,21 @@
 """What fast/ replaces computes what the plain model does. Tolerances are those of test_roe.py."""
 
+import copy
+import random
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+import model as plain_model
 import roe
 from cache import BranchingCache, SharedCache
 from fast import speed_up
 from fast.cpu import FastLinear, SortedExperts, attend, attend_in_blocks, attend_widely, packs_on, widens_on
 from fast.gpu import StackedExperts
 from load import load
-from model import OLMoE
+from model import Config, Expert, Experts, OLMoE
 from test_roe import (
     ATTEND,
     CLOSE,
@@ -129,6 +133,26 @@ def test_attend(attend, sizes, dtype, atol):
 @torch.inference_mode()
 def test_experts(make, dtype, atol):
     check_experts(make, dtype, atol)
+
+
+@pytest.mark.parametrize("case", range(20))
+@torch.inference_mode()
+def test_shapes_at_random(case):
+    """Attention to shared and own positions in any number, and any experts that rows choose; by all forms of both."""
+    r = random.Random(case)
+    heads, n, T, own = r.randint(1, 6), r.randint(1, 5), r.randint(1, 40), r.randint(0, 3)
+    rows = r.choice(((1, T, T + r.randint(0, 300), 0), (n, T, T - 1 + r.randint(0, 300), 1), (n, 1, T - 1, 1 + own)))
+    for form in (plain_model.attend, attend, attend_in_blocks, attend_widely):
+        check_attend(form, (*rows, 2 * r.randint(1, 16), heads * r.randint(1, 4), heads), torch.float32, 1e-5)
+    count, size = r.randint(1, 9), 8 * r.randint(1, 6)
+    torch.manual_seed(case)
+    plain = Experts(Expert(Config(0, 16, size, 1, 1, 1, count, 1, 0)) for _ in range(count))
+    x = torch.randn(n, T, 16)
+    weights, indices = torch.rand(n, T, count).topk(r.randint(1, count))
+    expected = plain(x, weights, indices)
+    for form in (SortedExperts, StackedExperts):
+        result = form(copy.deepcopy(plain))(x, weights, indices)
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch was built without CUDA")

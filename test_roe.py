@@ -2,7 +2,10 @@
 
 What is guaranteed                                               which test shows it
 the model computes what Hugging Face transformers computes       test_model_equals_transformers, _embedded_model
-one batch of n rosters = n separate runs, for both caches        test_rosters_equal_separate_runs
+one batch of n rosters = n separate runs, for both caches        test_rosters_equal_separate_runs,
+                                                                     test_models_and_settings_at_random
+every setting reaches its place, from each door to it            test_settings_from_their_doors_to_their_places,
+                                                                     test_fields_of_the_config_reach_all_rosters
 `score` with n gives in row m what `generate` with m chose from  test_scores_are_what_generate_chose_from
 the first m of n rosters are those of m                          the same; test_noise_is_gumbel_and_a_function_...
 a text that is cut and continued goes on as if it had not been   test_text_that_is_cut_goes_on_...

@@ -194,7 +194,9 @@ def test_model_equals_transformers(tmp_path, name):
     model, _ = load(tmp_path, "cpu")
     tokens = random_tokens(40)
     expected = hf(torch.tensor([tokens])).logits
-    torch.testing.assert_close(model(torch.tensor([tokens])), expected, **CLOSE)
+    plain = load(tmp_path, "cpu", fast=False)[0]
+    for form in (model, plain):
+        torch.testing.assert_close(form(torch.tensor([tokens])), expected, **CLOSE)
 
     cache = SharedCache(model.config, 40)  # the same in pieces, through the cache
     logits = [model(torch.tensor([piece]), cache) for piece in (tokens[:7], tokens[7:30], tokens[30:31], tokens[31:])]

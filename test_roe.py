@@ -748,7 +748,7 @@ def test_generation_ends(small, monkeypatch):
     assert len(tokens) == 29  # the context of 128 is full: the last of its tokens still predicts one
     assert len(generated(small.model, random_tokens(128), 2)) == 1
     stop = tokens[10]
-    for eos in ([stop], (stop, 303)):
+    for eos in ([stop], (303, stop)):
         monkeypatch.setattr(small.model.config, "eos_token_id", eos)
         assert generated(small.model, prompt, 2) == tokens[: tokens.index(stop)]
 

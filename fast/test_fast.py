@@ -2,6 +2,7 @@
 
 import copy
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import roe
 from cache import BranchingCache, SharedCache
 from fast import speed_up
 from fast.cpu import FastLinear, SortedExperts, attend, attend_in_blocks, attend_widely, packs_on, widens_on
-from fast.gpu import StackedExperts
+from fast.gpu import StackedExperts, groups_on
 from load import load
 from model import Config, Expert, Experts, OLMoE
 from test_roe import (
@@ -69,6 +70,14 @@ def test_where_tricks_pay(monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: True)
     assert widens_on(weight.bfloat16())
     assert not (widens_on(weight) or widens_on(weight.half()) or widens_on(weight.bfloat16().to("meta")))
+    good = {"is_cuda": True, "dtype": torch.bfloat16, "shape": (48, 64), "device": "cuda", "capability": (9, 0)}
+    bad = {"is_cuda": (False,), "dtype": (torch.float16, torch.float32), "shape": ((48, 60), (50, 64))}
+    bad |= {"capability": ((8, 0), (8, 9), (12, 0))}
+    cases = [({}, True), ({"capability": (10, 0)}, True)]
+    for change, expected in cases + [({name: value}, False) for name, values in bad.items() for value in values]:
+        weight = SimpleNamespace(**good | change)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: weight.capability)
+        assert groups_on(weight) == expected, change
 
 
 @torch.inference_mode()

@@ -61,7 +61,7 @@ from transformers import AutoTokenizer, DynamicCache, OlmoeConfig, OlmoeForCausa
 
 import roe
 from cache import BranchingCache, SharedCache
-from load import chat_prompt, load, read_config, read_tokenizer
+from load import chat_prompt, load, read_config, read_text, read_tokenizer
 from model import Config, Expert, Experts, OLMoE, attend, top_k
 
 logging.disable_progress_bar()
@@ -1422,19 +1422,25 @@ def test_running_out_of_memory(cli, forced):
 
 
 def test_a_pipe_that_is_not_ready():
-    """Non-blocking, and still empty when the program begins to read."""
-    reader, writer = os.pipe()
+    """Non-blocking, and still empty when reading begins; then with a part of the text."""
+    stdin, (reader, writer) = os.dup(0), os.pipe()
     os.set_blocking(reader, False)
-    command = [sys.executable, ROOT / "roe.py", "--prompt", "-", "--max-new-tokens", "3"]
-    with subprocess.Popen(command, stdin=reader, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        os.close(reader)
-        time.sleep(0.1)
+    os.dup2(reader, 0)
+
+    def write():
         for part in (b"class ", b"Stack:"):
+            time.sleep(0.2)
             os.write(writer, part)
-            time.sleep(0.1)
         os.close(writer)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and out == b"\n            def __\n", err
+
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(write)
+            assert read_text("-", None) == "class Stack:"
+    finally:
+        os.dup2(stdin, 0)
+        os.close(stdin)
+        os.close(reader)
 
 
 def test_as_a_program():

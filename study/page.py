@@ -11,6 +11,7 @@ import base64
 import hashlib
 import html
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -35,9 +36,9 @@ def record(model: OLMoE, tokenizer: Tokenizer, tokens: list[int], rosters: int, 
         options: max_new_tokens, seed and weights, as `roe.generate` takes them.
 
     Returns:
-        for every token a dict: `text`; `experts` [L][rows][k], with 1 row in the layers before the first noise; `kinds`
-        and `inputs`, see `kinds_of` and `sentence`; `ids` and `names` of the candidates, which are the likeliest
-        tokens; `chosen`, the index among them of the token; `probs` [n][candidates].
+        for every token a dict: `text`; `experts` [L][rows][k], with 1 row in the layers before the first noise;
+        `kinds`, see `kinds_of`; `ids` and `names` of the candidates, which are the likeliest tokens; `chosen`, the
+        index among them of the token; `probs` [n][candidates].
 
     Raises as `roe.generate`.
     """
@@ -55,14 +56,12 @@ def record(model: OLMoE, tokenizer: Tokenizer, tokens: list[int], rosters: int, 
         piece = "" if piece.endswith("\ufffd") else piece  # within a character of several tokens
         text += piece
         chosen = experts[-len(layers) :]
-        kinds = [kinds_of(*pair) for pair in zip(routers[-len(layers) :], chosen)]
         ids = candidates(logits, token)
         way.append(
             {
                 "text": visible(piece),
                 "experts": [indices.tolist() for indices in chosen],
-                "kinds": kinds,
-                "inputs": " ".join(sentence(layer, rows) for layer, rows in enumerate(kinds) if not tau[layer]),
+                "kinds": [kinds_of(*pair) for pair in zip(routers[-len(layers) :], chosen)],
                 "ids": ids,
                 "names": [name(tokenizer.decode([i], skip_special_tokens=False)) for i in ids],
                 "chosen": ids.index(token),
@@ -98,17 +97,6 @@ def kinds_of(logits: Tensor, chosen: Tensor) -> list[list[str]]:
     return [[kind(*pair) for pair in zip(*row)] for row in zip(chosen.tolist(), noisy.tolist())]
 
 
-def sentence(layer: int, kinds: list[list[str]]) -> str:
-    """What is to be said of a layer without noise; nothing before the first noise."""
-    others = [str(row) for row, why in enumerate(kinds) if "input" in why]
-    if others:
-        which = f"row{'s' if len(others) > 1 else ''} {', '.join(others)}"
-        return (
-            f"Layer {layer} has no noise, but what comes in differs, so that other experts than row 0's run in {which}."
-        )
-    return f"Layer {layer} has no noise, and all rows choose the same experts there." if len(kinds) > 1 else ""
-
-
 def visible(text: str) -> str:
     """A text in which nothing is invisible, or steers how it is shown, but spaces, tabs and ends of lines."""
     return "".join(c if c.isprintable() or c in "\t\n" else ascii(c)[1:-1] for c in text).replace("\n", "↵\n") or "▯"
@@ -131,14 +119,17 @@ def fill(data: dict, about: str) -> str:
     """The page: the template with its data. Nothing in them can run as script: only the template's own is allowed."""
     template = TEMPLATE.read_text(encoding="utf-8")
     script = re.search("<script>(.*?)</script>", template, re.DOTALL)[1]
-    branch = next((layer for layer, rows in enumerate(data["tokens"][0]["experts"]) if len(rows) > 1), None)
     values = {
         "CHECKSUM": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "LAYERS": len(data["tau"]),
         "EXPERTS": data["experts"],
+        "COLUMNS": math.ceil(math.sqrt(data["experts"])),
         "CHOSEN": data["chosen"],
         "ROSTERS": data["rosters"],
-        "BRANCH": "here no router has noise" if branch is None else f"here in layer {branch}",
+        "ROWS": f"{data['rosters']} row{'s' if data['rosters'] > 1 else ''}",
+        "BRANCH": f"here in layer {data['branch']}"
+        if data["branch"] < len(data["tau"])
+        else "here no router has noise",
         "ABOUT": html.escape(about),
         "DATA": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),  # no tag begins
     }
@@ -183,8 +174,13 @@ def main() -> None:
         if not way:
             raise ValueError("the model ends this text at once, and there is nothing to show; give another prompt")
         data = {"prompt": visible(text), "rosters": args.rosters, "tau": tau, "tokens": way}
+        data["branch"] = sum(len(rows) == 1 for rows in way[0]["experts"])
         data |= {"experts": config.num_experts, "chosen": config.num_experts_per_tok}
-        about = f"Model: {args.model or 'the small one that comes with RoE'}; seed {args.seed}, {args.weights} weights."
+        logits = {"perturbed": "noisy logits", "clean": "logits without noise"}[args.weights]
+        about = (
+            f"Model: {args.model or 'the small demo model of this project'}. Mixing weights: softmax of the {logits} "
+        )
+        about += f"(“{args.weights}”). Seed of the noise: {args.seed}."
         args.output.write_text(fill(data, about), encoding="utf-8", newline="\n")
     except (ValueError, OSError) as error:
         fail(error)

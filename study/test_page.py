@@ -178,9 +178,6 @@ def test_kinds():
     kinds = [["clean", "clean"], ["noise", "clean"], ["input", "clean"]]
     assert page.kinds_of(logits, chosen) == kinds
     assert page.kinds_of(logits[:1], chosen) == kinds[:2] + [["noise", "clean"]]  # one row becomes n here
-    sentence = "Layer 5 has no noise, but what comes in differs, so that other experts than row 0's run in row 2."
-    assert page.sentence(5, kinds) == sentence
-    assert page.sentence(5, kinds[:1]) == ""
 
 
 def test_names():
@@ -249,8 +246,12 @@ def test_click(opened, made, truth, i):
     shown = torch.tensor([float(p) for _, p in guesses]).view(ROSTERS, 3)
     torch.testing.assert_close(shown, best.values, **FOUR_DIGITS)
     last = chosen[-1][1]
-    others = ", ".join(str(r) for r, row in enumerate(last) if set(row) != set(last[0]))
-    assert re.search("run in rows? (.*)\\.$|choose the same", text(browser, "#inputs"))[1] == (others or None)
+    for m in range(ROSTERS, 0, -1):  # the sentence on the layer without noise follows the slider
+        others = ", ".join(str(r) for r, row in enumerate(last[:m]) if set(row) != set(last[0]))
+        said = f"rows that choose other experts than row 0 here, because their input differs: {others}."
+        said = said if others else "here all rows still choose the same experts."
+        assert text(browser, "#inputs") == f"Layer 5's router gets no noise; {said}"
+        press(browser, "ARROW_LEFT", "#m")
 
 
 def test_slider(opened, made, truth):
@@ -275,7 +276,13 @@ def test_slider(opened, made, truth):
             assert overrules == (choices[i] != first[i][0])
         overruled = sum(choice != rows[0] for choice, rows in zip(choices, first))
         others = sum(choice != token for choice, token in zip(choices, written))
-        assert f" {overruled} of 60 " in text(browser, "#summary") and f" {others}." in text(browser, "#summary")
+        rows = "row 0 alone" if m == 1 else f"the first {m} rows"
+        assert text(browser, "#summary") == (
+            f"The average of {rows} overrules the clean path at {overruled} of 60 positions. "
+            f"At {others} of 60 positions it would have put another token than the one shown."
+        )
+        assert text(browser, "#average > b") == f"average of {rows}"
+        assert f"1 → {m}" in text(browser, "#way tr") and f"{m} → 1" in text(browser, "#way tr")
         total = log_probs.gather(-1, torch.tensor(written)[:, None]).sum().item()
         shown = float(text(browser, "figure:last-child figcaption b"))
         assert shown == pytest.approx(total, abs=0.005 + 1e-4)
@@ -292,8 +299,7 @@ def test_slider(opened, made, truth):
             assert text(browser, "b.candidate .name") == page.name(tokenizer.decode([choices[i]]))
             assert ("overrules" in text(browser, "#average p")) == (choices[i] != first[i][0])
             assert float(text(browser, "figcaption b")) == pytest.approx(probs[written[i]].item(), abs=0.5e-4 + 1e-6)
-            dimmed = browser.execute_script("return document.querySelectorAll('#way tr.out').length")
-            assert dimmed == ROSTERS - m
+            assert len(select(browser, "#way tr.out")) == ROSTERS - m
         press(browser, "ARROW_LEFT", "#m")
 
 
@@ -315,6 +321,10 @@ def test_arrow_keys(opened, made):
     for _ in range(start + 2):
         press(browser, "ARROW_LEFT")
     assert place() == 1
+    enabled = lambda: [browser.find_element("id", name).is_enabled() for name in ("previous", "next")]
+    assert enabled() == [False, True]  # there is nothing before the first
+    press(browser, "ARROW_RIGHT")
+    assert enabled() == [True, True]
     reached = set()
     for _ in range(8):
         reached.add(browser.switch_to.active_element.get_attribute("id"))
@@ -345,6 +355,8 @@ def test_phone(opened, made):
         "const way = document.getElementById('way'); return [way.scrollWidth, way.clientWidth]"
     )
     assert way[0] > way[1]
+    assert select(browser, "#sideways")[0].is_displayed()
+    assert not select(opened(made), "#sideways")[0].is_displayed()
 
 
 def luminance(colour):
@@ -405,6 +417,7 @@ def test_corners(opened, tmp_path, arguments):
     grids = len(select(browser, "#way .grid"))
     assert grids == (12 if "--skip" in arguments else 6)
     assert ("no router has noise" in text(browser, "body")) == ("--skip" not in arguments)
+    assert not re.search(r"\b1 (rows|rosters|positions|tokens)\b", text(browser, "body"))
 
 
 def test_hostile_model(opened, tmp_path):

@@ -26,27 +26,35 @@ from vllm import ModelRegistry, SamplingParams
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe import GateLinear
 
 MODELS = {}  # the models by name of architecture, as vLLM registers them
+logger = init_logger("vllm.roe")  # vLLM prints what loggers of its name are told
 READABLE = "CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLEX_ATTENTION"  # attention backends whose cache `read` knows
 
 
-def gumbel(seed: int, position: int, rosters: int, layers: int, experts: int) -> Tensor:
-    """The noise of a token: i.i.d. Gumbel(0, 1), G [rosters - 1, layers, experts], float32, on the CPU.
+def gumbel(seed: int, position: int, *shape: int) -> Tensor:
+    """The noise of a token: i.i.d. Gumbel(0, 1) of any shape, for rosters [n, L, E]; float32, on the CPU.
 
-    It is a hash of the seed and of the token's position in its text, and depends on nothing else. Rosters come first,
-    and a shorter hash begins a longer one, so that those of m rosters are the first of n. All noise comes from here.
+    Its bytes are the endless SHAKE-128 stream of the seed and of the token's position in its text. Fewer rosters read
+    less of it, so that the noise of m rosters is that of the first m of n. All noise comes from here.
     """
-    digest = hashlib.shake_128(f"{seed:d} {position:d}".encode()).digest(4 * rosters * layers * experts)
+    digest = hashlib.shake_128(f"{seed:d} {position:d}".encode()).digest(4 * math.prod(shape))
     uniform = (torch.frombuffer(bytearray(digest), dtype=torch.int32).double() + 2**31 + 0.5) / 2**32  # never 0 or 1
-    return -(-uniform.log()).log().float().view(rosters, layers, experts)[1:]  # the clean one has none
+    return -(-uniform.log()).log().float().view(shape)
 
 
 def average(logits: Tensor) -> Tensor:
-    """Log of the rosters' mean probability (section 3.1): logits [n, requests, V] -> [requests, V], float32."""
-    return logits.float().log_softmax(-1).logsumexp(0) - math.log(len(logits))
+    """Log of the rosters' mean probability (section 3.1), logits [n, requests, V] -> [requests, V] in float32.
+
+    To it the clean row's log-normaliser is added, which changes no probability. So these are logits as vLLM's own, on
+    the scale that `repetition_penalty` is made for, which multiplies the negative and divides the positive ones; and
+    those of one roster, or of equal ones, are vLLM's.
+    """
+    normaliser = logits.float().logsumexp(-1, keepdim=True)
+    return (logits - (normaliser - normaliser[0])).logsumexp(0) - math.log(len(logits))
 
 
 def settings(layers: int, model: str) -> tuple[int, list[float], int]:
@@ -54,6 +62,8 @@ def settings(layers: int, model: str) -> tuple[int, list[float], int]:
     beside = Path(model, "tau.json")
     tau = beside.read_text() if beside.is_file() else "0.2"
     default = {"ROE_ROSTERS": "1", "ROE_TAU": tau, "ROE_SKIP": "1", "ROE_SEED": "0"}
+    if unknown := [name for name in os.environ if name.startswith("ROE_") and name not in (*default, "ROE_WEIGHTS")]:
+        raise ValueError(f"RoE in vLLM knows {', '.join(default)}, not {', '.join(unknown)}; unset it, or correct it")
     given = {name: os.environ.get(name, value) for name, value in default.items()}
     try:
         rosters, tau, skip, seed = map(json.loads, given.values())
@@ -61,6 +71,8 @@ def settings(layers: int, model: str) -> tuple[int, list[float], int]:
         rosters = tau = skip = seed = None
     whole = all(type(number) is int for number in (rosters, skip, seed)) and 1 <= rosters <= 1024 and skip >= 0
     if whole and not isinstance(tau, list):
+        if 2 * skip >= layers and rosters > 1:
+            raise ValueError(f"ROE_SKIP={skip} leaves none of {layers} mixture layers with noise; give a smaller one")
         tau = [tau if skip <= layer < layers - skip else 0 for layer in range(layers)]
     if not whole or len(tau) != layers or not all(type(t) in (int, float) and 0 <= t <= 100 for t in tau):
         wanted = f"ROE_TAU a number from 0 to 100 or a list of {layers}, ROE_SKIP and ROE_SEED whole numbers"
@@ -95,6 +107,7 @@ class Rosters:
         self.rosters, tau, self.seed = settings(len(gates), model.model)
         if self.rosters == 1:
             return
+        logger.info_once(f"RoE: {self.rosters} rosters, seed {self.seed}, noise at {len(gates)} routers: {tau}")
         self.requests, self.lengths = schedule.max_num_seqs, []  # how many there can be; their histories in this step
         most = self.requests * (self.rosters - 1)  # noisy rows that a step can have
         for layer in self.modules():
@@ -131,7 +144,8 @@ class Rosters:
         self.noise.zero_()
         plain = super().forward(*inputs, **kwargs) if metadata and self.untested else None
         # Seed and position alone decide the noise: what else is in the batch does not change a request's text.
-        noise = torch.cat([gumbel(self.seed, p, self.rosters, *self.noise[:, 0].shape) for p in self.lengths])
+        shape = self.rosters, len(self.noise), self.noise.shape[-1]
+        noise = torch.cat([gumbel(self.seed, position, *shape)[1:] for position in self.lengths])
         self.noise[:, 1 : len(rows) + 1] = noise.transpose(0, 1) * self.tau
         hidden = super().forward(*inputs, **kwargs)
         if plain is not None:
@@ -143,7 +157,7 @@ class Rosters:
         return sides.flatten(1)
 
     def compute_logits(self, hidden_states: Tensor, *args, **kwargs) -> Tensor | None:
-        """Log-probabilities [requests, V], the rosters' average, of hidden states [requests, n * d]."""
+        """The rosters' average, logits [requests, V], of hidden states [requests, n * d]."""
         rows = hidden_states.unflatten(-1, (self.rosters, -1)).transpose(0, 1).flatten(0, 1)
         logits = super().compute_logits(rows, *args, **kwargs)  # None: another process has them
         return None if logits is None else average(logits.unflatten(0, (self.rosters, -1)))
@@ -160,7 +174,7 @@ def similar(lengths: list[int]) -> list[list[int]]:
     """Requests by index, in groups: little is padded to a group's longest history, and a group takes little memory."""
     groups = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if not groups or lengths[i] > 2 * lengths[groups[-1][0]] + 128 or len(groups[-1]) * lengths[i] > 2**13:
+        if not groups or lengths[i] > 2 * lengths[groups[-1][0]] + 128 or len(groups[-1]) * lengths[i] > 2**12:
             groups.append([])
         groups[-1].append(i)
     return groups
@@ -197,34 +211,43 @@ def add_rows(layer: Attention, rosters: Rosters) -> None:
 
 
 def attend(layer: Attention, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, blocks: Tensor, lengths: list) -> Tensor:
-    """Noisy queries [requests, rows, H, D] see the clean history and their own key and value, under one softmax."""
-    heads, longest, rows = k.shape[2], max(lengths), k.shape[1]
-    past_k, past_v = read(layer, cache, blocks, longest)
-    q, k, v = (x.float().unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # [requests, Hk, rows, g, D]
-    past = (q.flatten(2, 3) @ past_k.mT).unflatten(2, (rows, -1))
+    """Noisy queries [requests, rows, H, D] see the clean history and their own key and value, under one softmax.
+
+    The rows are so many queries to one history, which stays in its blocks and in its dtype: scores and outputs are
+    computed for each block, and the softmax, in float32, joins the blocks.
+    """
+    requests, heads, size, longest = len(k), k.shape[2], cache.shape[2], max(lengths)
+    past_k, past_v = read(layer, cache, blocks[:, : -(-longest // size)])
+    by_block = requests, -1, heads
+    q = q.unflatten(2, (heads, -1)).transpose(1, 2)  # [requests, Hk, rows, g, D]
+    k, v = (x.transpose(1, 2).unsqueeze(3).float() for x in (k, v))
+    many = past_k.shape[0] // (requests * heads)
+    past = q.flatten(2, 3).repeat_interleave(many, 0).flatten(0, 1) @ past_k
+    past = past.unflatten(0, by_block).permute(0, 2, 3, 1, 4).flatten(3).view(*q.shape[:-1], -1)
     scores = torch.cat((past, (q * k).sum(-1, keepdim=True)), -1) * layer.impl.scale
     if cap := getattr(layer.impl, "logits_soft_cap", None):
         scores = cap * (scores / cap).tanh()
-    distance = torch.tensor(lengths, device=q.device)[:, None] - torch.arange(longest, device=q.device)
+    distance = torch.tensor(lengths, device=q.device)[:, None] - torch.arange(past.shape[-1], device=q.device)
     hidden = (distance < 1) | (distance >= (layer.sliding_window or longest + 1))
-    scores[..., :longest].masked_fill_(hidden[:, None, None, None], -torch.inf)
+    scores[..., :-1].masked_fill_(hidden[:, None, None, None], -torch.inf)
     if (sinks := getattr(layer.impl, "sinks", None)) is not None:  # takes part in the softmax, and has no value
         scores = torch.cat((scores, sinks.float().view(heads, 1, -1, 1).expand(*scores.shape[:-1], 1)), -1)
     weights = scores.softmax(-1)
-    out = (weights[..., :longest].flatten(2, 3) @ past_v).view(q.shape) + weights[..., longest, None] * v
+    past, own = weights[..., : past.shape[-1]], weights[..., past.shape[-1], None]
+    past = past.to(past_v.dtype).unflatten(-1, (-1, size)).flatten(2, 3).permute(0, 3, 1, 2, 4).flatten(0, 2)
+    out = (past @ past_v).unflatten(0, by_block).sum(1, dtype=torch.float32).view(q.shape) + own * v
     return out.transpose(1, 2).flatten(2, 3)
 
 
-def read(layer: Attention, cache: Tensor, blocks: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """The first keys and values [requests, Hk, length, D], in float32, of the requests that have these blocks."""
-    size, D = cache.shape[2], layer.head_size  # a cache is [blocks, Hk, size, 2 * D]
+def read(layer: Attention, cache: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """All keys [requests * blocks * Hk, D, size] and values [requests * blocks * Hk, size, D] in these blocks."""
+    size, D = cache.shape[2], layer.head_size
+    past = cache.index_select(0, blocks.flatten()).flatten(0, 1)  # of a cache [blocks, Hk, size, 2 * D]
     if layer.get_attn_backend().get_name() == "CPU_ATTN":  # for each block and head all keys, transposed, then values
-        keys, values = cache.flatten(2).chunk(2, -1)
-        keys, values = keys.unflatten(2, (D, size)).mT, values.unflatten(2, (size, D))
-    else:
-        keys, values = cache.split(D, -1)
-    blocks = blocks[:, : -(-length // size)]
-    return tuple(x[blocks].transpose(1, 2).flatten(2, 3)[:, :, :length].float() for x in (keys, values))
+        keys, values = past.flatten(1).chunk(2, -1)
+        return keys.unflatten(1, (D, size)), values.unflatten(1, (size, D))
+    keys, values = past.split(D, -1)
+    return keys.mT, values
 
 
 def __getattr__(name: str) -> type:
@@ -236,7 +259,11 @@ def __getattr__(name: str) -> type:
 
 def register() -> None:
     """The entry point in `vllm.general_plugins`: vLLM calls it in each of its processes, before it makes a model."""
-    if "ROE_ROSTERS" not in os.environ or MODELS:
+    if "ROE_ROSTERS" not in os.environ:
+        if given := [name for name in os.environ if name.startswith("ROE_")]:
+            logger.warning_once(f"ROE_ROSTERS is not set, so that there are no rosters, whatever {given} say")
+        return
+    if MODELS:
         return
     MODELS.update(ModelRegistry.models)
     for name in MODELS:

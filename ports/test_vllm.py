@@ -220,14 +220,14 @@ def by_roe(prompt: list[int], tau=TAU, seed: int = SEED) -> tuple[list[int], tor
     from load import load
 
     rows, (model, _) = [], load(None, device="cpu", dtype="float32")
-    model.config.eos_token_id = None
+    model.config.eos_token_id = ()
     watch = lambda logits, *_: rows.append(logits[:, 0])
-    tokens = list(roe.generate(model, prompt, N, tau, "shared", STEPS, seed=seed, watch=watch))
+    tokens = list(roe.generate(model, prompt, N, tau, max_new_tokens=STEPS, seed=seed, watch=watch))
     return tokens, torch.stack(rows)
 
 
 class Noise(TorchFunctionMode):
-    """Adds noise [layers, n - 1, E] to what the routers' weights give for the last position of rows 1 to n - 1."""
+    """Adds noise [layers, n, E] to what the routers' weights give for the last position of the rows."""
 
     def __init__(self, weights: list[torch.Tensor], noise: torch.Tensor):
         super().__init__()
@@ -236,7 +236,7 @@ class Noise(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         if function is F.linear and args[1].data_ptr() in self.noise:
-            out.view(N, -1, E)[1:, -1] += self.noise[args[1].data_ptr()]
+            out.view(N, -1, E)[:, -1] += self.noise[args[1].data_ptr()]
         return out
 
 
@@ -249,9 +249,10 @@ def by_transformers(model, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
     weights = [p for name, p in named if name.endswith(".weight") and p.shape == (E, model.config.hidden_size)]
     tokens, rows = list(prompt), []
     for _ in range(STEPS):
-        noise = TAU * gumbel(SEED, len(tokens) - 1, N, len(weights), E).transpose(0, 1)
-        noise[[0, -1]] = 0
-        with Noise(weights, noise):
+        noise = TAU * gumbel(SEED, len(tokens) - 1, N, len(weights), E)
+        noise[0] = 0  # the clean row
+        noise[:, [0, -1]] = 0  # ROE_SKIP
+        with Noise(weights, noise.transpose(0, 1)):
             rows.append(model(torch.tensor([tokens] * N), use_cache=False).logits[:, -1])
         tokens.append(rows[-1].softmax(-1).mean(0).argmax().item())
     return tokens[len(prompt) :], torch.stack(rows)

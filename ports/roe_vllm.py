@@ -174,7 +174,7 @@ def similar(lengths: list[int]) -> list[list[int]]:
     """Requests by index, in groups: little is padded to a group's longest history, and a group takes little memory."""
     groups = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if not groups or lengths[i] > 2 * lengths[groups[-1][0]] + 128 or len(groups[-1]) * lengths[i] > 2**12:
+        if not groups or lengths[i] > 2 * lengths[groups[-1][0]] + 128 or len(groups[-1]) * lengths[i] > 2**11:
             groups.append([])
         groups[-1].append(i)
     return groups
@@ -218,13 +218,12 @@ def attend(layer: Attention, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, blo
     """
     requests, heads, size, longest = len(k), k.shape[2], cache.shape[2], max(lengths)
     past_k, past_v = read(layer, cache, blocks[:, : -(-longest // size)])
-    by_block = requests, -1, heads
+    by_block = requests, len(past_k) // (requests * heads), heads
     q = q.unflatten(2, (heads, -1)).transpose(1, 2)  # [requests, Hk, rows, g, D]
     k, v = (x.transpose(1, 2).unsqueeze(3).float() for x in (k, v))
-    many = past_k.shape[0] // (requests * heads)
-    past = q.flatten(2, 3).repeat_interleave(many, 0).flatten(0, 1) @ past_k
-    past = past.unflatten(0, by_block).permute(0, 2, 3, 1, 4).flatten(3).view(*q.shape[:-1], -1)
-    scores = torch.cat((past, (q * k).sum(-1, keepdim=True)), -1) * layer.impl.scale
+    past = q.flatten(2, 3).unsqueeze(1).expand(*by_block, -1, -1).flatten(0, 2) @ past_k
+    past = contiguous(past.unflatten(0, by_block).permute(0, 2, 3, 1, 4), torch.float32).view(*q.shape[:-1], -1)
+    scores = torch.cat((past, (q * k).sum(-1, keepdim=True)), -1).mul_(layer.impl.scale)
     if cap := getattr(layer.impl, "logits_soft_cap", None):
         scores = cap * (scores / cap).tanh()
     distance = torch.tensor(lengths, device=q.device)[:, None] - torch.arange(past.shape[-1], device=q.device)
@@ -233,20 +232,25 @@ def attend(layer: Attention, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, blo
     if (sinks := getattr(layer.impl, "sinks", None)) is not None:  # takes part in the softmax, and has no value
         scores = torch.cat((scores, sinks.float().view(heads, 1, -1, 1).expand(*scores.shape[:-1], 1)), -1)
     weights = scores.softmax(-1)
-    past, own = weights[..., : past.shape[-1]], weights[..., past.shape[-1], None]
-    past = past.to(past_v.dtype).unflatten(-1, (-1, size)).flatten(2, 3).permute(0, 3, 1, 2, 4).flatten(0, 2)
-    out = (past @ past_v).unflatten(0, by_block).sum(1, dtype=torch.float32).view(q.shape) + own * v
+    past, own = weights[..., : past.shape[-1]].unflatten(-1, (-1, size)), weights[..., past.shape[-1], None]
+    past = contiguous(past.flatten(2, 3).permute(0, 3, 1, 2, 4), past_v.dtype).flatten(0, 2) @ past_v
+    out = past.unflatten(0, by_block).sum(1, dtype=torch.float32).view(q.shape) + own * v
     return out.transpose(1, 2).flatten(2, 3)
+
+
+def contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same in another dtype and in the order of its shape, by one copy."""
+    return x.new_empty(x.shape, dtype=dtype).copy_(x)
 
 
 def read(layer: Attention, cache: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
     """All keys [requests * blocks * Hk, D, size] and values [requests * blocks * Hk, size, D] in these blocks."""
-    size, D = cache.shape[2], layer.head_size
-    past = cache.index_select(0, blocks.flatten()).flatten(0, 1)  # of a cache [blocks, Hk, size, 2 * D]
+    blocks, (_, heads, size, width) = blocks.flatten(), cache.shape  # a cache is [blocks, Hk, size, 2 * D]
     if layer.get_attn_backend().get_name() == "CPU_ATTN":  # for each block and head all keys, transposed, then values
-        keys, values = past.flatten(1).chunk(2, -1)
-        return keys.unflatten(1, (D, size)), values.unflatten(1, (size, D))
-    keys, values = past.split(D, -1)
+        rows = (heads * blocks[:, None] + torch.arange(heads)).flatten()
+        keys, values = (x.index_select(0, rows) for x in cache.view(-1, 2, size * width // 2).unbind(1))
+        return keys.unflatten(1, (-1, size)), values.unflatten(1, (size, -1))
+    keys, values = cache.index_select(0, blocks).flatten(0, 1).chunk(2, -1)
     return keys.mT, values
 
 

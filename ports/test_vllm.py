@@ -6,6 +6,7 @@ engine after the other (`run_engines`), and one server.
 
 import gc
 import importlib.util
+import inspect
 import json
 import os
 import socket
@@ -59,16 +60,21 @@ MORE = {  # what a family's configuration needs beside SIZES
     "gpt_oss": dict(num_local_experts=E, sliding_window=16),
     "deepseek_v3": dict(n_routed_experts=E, first_k_dense_replace=1, n_group=1, topk_group=1),
 }
-WRONG = {
-    "two temperatures": {"ROE_TAU": "[0.1, 0.2]"},
-    "a negative temperature": {"ROE_TAU": "-1"},
-    "no number": {"ROE_TAU": "warm"},
-    "no rosters": {"ROE_ROSTERS": "0"},
-    "half a layer": {"ROE_SKIP": "0.5"},
+RANGES = "ROE_TAU a number from 0 to 100 or a list of 6"
+WRONG = {  # settings, and what is said of them
+    "two temperatures": ({"ROE_TAU": "[0.1, 0.2]"}, RANGES),
+    "a negative temperature": ({"ROE_TAU": "-1"}, RANGES),
+    "no number": ({"ROE_TAU": "warm"}, RANGES),
+    "no rosters": ({"ROE_ROSTERS": "0"}, RANGES),
+    "half a layer": ({"ROE_SKIP": "0.5"}, RANGES),
+    "no layer with noise": ({"ROE_SKIP": "3"}, "ROE_SKIP=3 leaves none of 6 mixture layers with noise"),
+    "an unknown name": ({"ROE_TEMPERATURE": "0.3"}, "not ROE_TEMPERATURE"),
 }
 TINY = str(HERE.parent / "tiny")
 STEPS, N, TAU, SEED = 48, 8, 0.6, 2**40 + 1
 NOISY = {"ROE_ROSTERS": str(N), "ROE_TAU": str(TAU), "ROE_SEED": str(SEED)}
+PENALTY = 1.5
+PENALISED = dict(engine=dict(enforce_eager=True, logprobs_mode="raw_logits"), params=dict(repetition_penalty=PENALTY))
 
 
 # ---- What runs in processes of its own ------------------------------------------------------------------------------
@@ -181,20 +187,22 @@ def random_models(folder):
 
 @pytest.fixture(scope="session")
 def plain(folder, prompts):
+    """Without ROE_ROSTERS: eager, compiled, and with a penalty."""
     compiled = {"enforce_eager": False}
     tiny = dict(model=TINY, calls=[prompts])
-    return start(folder, [tiny, tiny | dict(engine=compiled)])
+    return start(folder, [tiny, tiny | dict(engine=compiled), tiny | PENALISED], ROE_TAU=str(TAU))
 
 
 @pytest.fixture(scope="session")
 def engines(folder, prompts, random_models, plain, expected):
-    """What the engines with rosters say, by name."""
+    """What the engines with rosters say, by name. Those that are to be plain vLLM are compared under a penalty."""
     tiny = dict(model=TINY, calls=[prompts], env=NOISY)
     long = dict(model=TINY, calls=[[prompts[1]]], env=NOISY)
     chunks = dict(enforce_eager=True, max_num_batched_tokens=32, block_size=32)
     jobs = {
-        "one": tiny | dict(env={"ROE_ROSTERS": "1"}),
-        "cold": tiny | dict(env={"ROE_ROSTERS": "4", "ROE_TAU": "0"}),
+        "one": tiny | PENALISED | dict(env={"ROE_ROSTERS": "1"}),
+        "cold": tiny | PENALISED | dict(env={"ROE_ROSTERS": "4", "ROE_TAU": "0"}),
+        "penalised": long | PENALISED,
         "alone": long,
         "batch": tiny,
         "chunks": tiny | dict(engine=chunks, calls=[[prompts[1]], prompts]),
@@ -204,7 +212,7 @@ def engines(folder, prompts, random_models, plain, expected):
     for name in FAMILIES[1:]:
         jobs[name] = dict(model=str(folder / name), calls=[[list(range(3, 27))]], env=NOISY)
     jobs["scoring"] = tiny | dict(params={"prompt_logprobs": 1})
-    for name, wrong in WRONG.items():
+    for name, (wrong, _) in WRONG.items():
         jobs[name] = tiny | dict(env={**NOISY, **wrong}, calls=[])
     for name in REFUSED:
         jobs[name] = dict(model=str(folder / name), calls=[], env=NOISY)
@@ -285,8 +293,36 @@ def expected(prompts):
 
 @pytest.mark.parametrize("name", ["one", "cold"])
 def test_without_noise_it_is_plain_vllm(name, plain, engines):
-    assert plain[0]["rows"] == [] and not engines[name]["error"]
-    assert [text["tokens"] for text in engines[name]["texts"]] == [text["tokens"] for text in plain[0]["texts"]]
+    """Its logits, too: exactly for one roster, and up to float32's rounding where four equal rows are averaged."""
+    assert plain[2]["rows"] == [] and not engines[name]["error"]
+    assert [text["tokens"] for text in engines[name]["texts"]] == [text["tokens"] for text in plain[2]["texts"]]
+    for ours, theirs in zip(engines[name]["texts"], plain[2]["texts"]):
+        for step, reference in zip(ours["top"], theirs["top"], strict=True):
+            assert step == (reference if name == "one" else pytest.approx(reference, abs=1e-4))
+
+
+def test_penalties_act_on_logits_of_the_clean_rows_scale(engines, prompts, expected):
+    """By hand, from the rosters' logits: log of the mean probability, plus the clean row's log-normaliser."""
+    [text], seen = engines["penalised"]["texts"], list(prompts[1])
+    for row, top, token in zip(engines["penalised"]["rows"][-STEPS:], text["top"], text["tokens"], strict=True):
+        logits = row[:, 0].double().softmax(-1).mean(0).log() + row[0, 0].double().exp().sum().log()
+        assert all(abs(value - logits[token]) < 2e-4 for token, value in top.items())
+        logits[seen] = torch.where(logits[seen] > 0, logits[seen] / PENALTY, logits[seen] * PENALTY)
+        assert token == logits.argmax()
+        seen.append(token)
+    assert text["tokens"] != expected[1][0]  # the penalty did something
+
+
+def test_the_log_says_that_rosters_run(folder, plain, engines):
+    log = (folder / "log.txt").read_text()
+    assert "ROE_ROSTERS is not set" in log
+    assert f"RoE: 8 rosters, seed {SEED}, noise at 6 routers: [0, 0.6, 0.6, 0.6, 0.6, 0]" in log
+
+
+def test_noise_is_that_of_roe():
+    import roe
+
+    assert inspect.getsource(roe.gumbel) in (HERE / "roe_vllm.py").read_text()
 
 
 def test_rows_are_those_of_roe(engines, expected):
@@ -326,8 +362,8 @@ def test_refused_by_name(name, engines):
 
 
 def test_wrong_settings_and_scoring_are_refused(engines):
-    for name in WRONG:
-        assert "ROE_TAU a number from 0 to 100 or a list of 6" in engines[name]["error"]
+    for name, (_, said) in WRONG.items():
+        assert said in engines[name]["error"]
     assert "scores no prompts" in engines["scoring"]["error"]
 
 

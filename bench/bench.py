@@ -34,8 +34,8 @@ from pathlib import Path
 
 import torch
 from captured import capture
-from effect import EMBEDDED, ROOT, where
 from naive import add_roe, average
+from report import EMBEDDED, ROOT, where
 from safetensors.torch import save_file
 from torch import nn
 

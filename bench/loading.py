@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 import torch
-from effect import ROOT, where
+from report import ROOT, where
 
 from bench import OLMOE, write
 from load import load

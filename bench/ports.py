@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from effect import ROOT, where
+from report import ROOT, where
 
 from bench import OLMOE, TAU, Child, random_tokens, write
 

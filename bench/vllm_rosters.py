@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 import torch
-from effect import ROOT, where
+from report import ROOT, where
 
 from bench import write
 

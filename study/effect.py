@@ -1,11 +1,11 @@
 """Measures what averaging rosters does to a model's predictions; `figures.py` draws what comes out.
 
-    python bench/effect.py tune DIR          both readings of equation 1: the search for temperatures, kept in DIR
-    python bench/effect.py rosters           perplexity for 1 to 32 rosters, on held-out text
-    python bench/effect.py texts             the same on texts at growing distance from what the model was trained on
-    python bench/effect.py tau               perplexity at n = 32 against one temperature for all noisy layers
-    python bench/effect.py disagreement      token by token: how sure the clean path is, how many rosters agree
-    python bench/effect.py checkpoints DIR   when rosters help: all models that tiny/train.py --keep has left in DIR
+    python study/effect.py tune DIR          both readings of equation 1: the search for temperatures, kept in DIR
+    python study/effect.py rosters           perplexity for 1 to 32 rosters, on held-out text
+    python study/effect.py texts             the same on texts at growing distance from what the model was trained on
+    python study/effect.py tau               perplexity at n = 32 against one temperature for all noisy layers
+    python study/effect.py disagreement      token by token: how sure the clean path is, how many rosters agree
+    python study/effect.py checkpoints DIR   when rosters help: all models that tiny/train.py --keep has left in DIR
 
 Appends JSON lines to bench/results/NAME.jsonl. Changes are relative to one roster on the same tokens, and errors are
 standard errors over pieces of 512 tokens. All in float32, and with the embedded model but for checkpoints.
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tiny"), str(ROOT / "bench")]
 import train
 from tables import RESULTS, tuned
 
@@ -170,7 +170,7 @@ def measure_tune(args: argparse.Namespace) -> Iterator[dict]:
     for weights in READINGS:
         output = args.directory / f"{weights}.json"
         options = "--rosters", *counts, "--trials", str(trials), "--dtype", "float32", "--weights", weights
-        command = [sys.executable, ROOT / "bench" / "tune.py", VALIDATION, *options, "--output", output]
+        command = [sys.executable, ROOT / "study" / "tune.py", VALIDATION, *options, "--output", output]
         subprocess.run(command, check=True)
         for tau in (json.loads(output.read_text()), 0.2, 0.35, 0.5):
             found = {"tokens": len(tokens), "weights": weights, "tau": tau, "trials": trials * isinstance(tau, list)}

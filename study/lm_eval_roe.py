@@ -1,6 +1,6 @@
 """Roster of Experts as a model of EleutherAI's lm-evaluation-harness.
 
-    python bench/lm_eval_roe.py --model roe --model_args pretrained=DIRECTORY_OR_HUB_ID,rosters=32 --tasks arc_easy
+    python study/lm_eval_roe.py --model roe --model_args pretrained=DIRECTORY_OR_HUB_ID,rosters=32 --tasks arc_easy
 
 This is lm-eval's own command line, to which the model `roe` has been added. Models other than OLMoE run on
 transformers, by ports/roe_transformers.py, with the same arguments.

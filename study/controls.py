@@ -1,7 +1,7 @@
 """What a sceptic asks about rosters: would something simpler, or something else, do the same?
 
-    python bench/controls.py effect      perplexity of the embedded model with each of the controls below
-    python bench/controls.py time        milliseconds per token: rosters against the clean path's experts only
+    python study/controls.py effect      perplexity of the embedded model with each of the controls below
+    python study/controls.py time        milliseconds per token: rosters against the clean path's experts only
 
 A control is a few lines: a function `route` of `model.OLMoE` that chooses experts and their weights in another way.
 Appends JSON lines to bench/results/controls.jsonl or controls_time.jsonl; changes and errors as in effect.py.

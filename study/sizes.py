@@ -1,7 +1,7 @@
 """What are rosters worth in parameters? The paper's headline (n = 32 makes 7B worth 10.5B) at the scale of tiny models.
 
-    python bench/sizes.py DIR            train what is missing, then measure loss and time
-    python bench/sizes.py DIR --loss     or only the one, or only the other (--time)
+    python study/sizes.py DIR            train what is missing, then measure loss and time
+    python study/sizes.py DIR --loss     or only the one, or only the other (--time)
 
 Trains three models that differ only in the size of their experts, on the same text in the same order with
 tiny/train.py, in DIR/SIZE. Then measures their held-out loss with one roster, and that of the middle one with up to 32:

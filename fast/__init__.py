@@ -7,7 +7,7 @@ import os
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch's switch for huge pages, read when it first allocates
 
-from .cpu import FastAttention, FastLinear, SortedExperts, give_back_memory
+from .cpu import FastAttention, FastLinear, SortedExperts, give_back_memory, keep_memory
 from .gpu import StackedExperts, groups_on
 
 
@@ -25,4 +25,5 @@ def speed_up(model):
         give_back_memory()
     model.lm_head = FastLinear(model.lm_head.weight)
     give_back_memory()
+    keep_memory()
     return model

@@ -1,6 +1,7 @@
 """What fast/ replaces computes what the plain model does. Tolerances are those of test_roe.py."""
 
 import copy
+import ctypes
 import random
 from types import SimpleNamespace
 
@@ -13,7 +14,16 @@ import model as plain_model
 import roe
 from cache import BranchingCache, SharedCache
 from fast import speed_up
-from fast.cpu import FastLinear, SortedExperts, attend, attend_in_blocks, attend_widely, packs_on, widens_on
+from fast.cpu import (
+    FastLinear,
+    SortedExperts,
+    attend,
+    attend_in_blocks,
+    attend_widely,
+    keep_memory,
+    packs_on,
+    widens_on,
+)
 from fast.gpu import StackedExperts, groups_on
 from load import load
 from model import Config, Expert, Experts, OLMoE
@@ -183,3 +193,17 @@ def test_on_a_gpu_without_one(monkeypatch, fast):
             assert logits.device.type == roe.aggregate(logits).device.type == "cuda" and logits.shape == (4, 304)
         cache = SharedCache(model.config, 40)
         assert roe.run_rosters(model, roe.as_ids(range(20), model.device)[None], cache, 4, TAU, 0, 0, "clean").is_cuda
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library is not glibc")
+def test_memory_that_is_freed_is_used_again():
+    """16 MB that are made and freed again and again: not a page of them is asked from the system anew."""
+    import resource  # here, because Windows has none
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**22)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    keep_memory()
+    assert min(faults() for _ in range(5)) == 0

@@ -1,36 +1,21 @@
 """What a sceptic asks about rosters: would something simpler, or something else, do the same?
 
-    python study/controls.py effect      perplexity of the embedded model with each of the controls below
-    python study/controls.py time        milliseconds per token: rosters against the clean path's experts only
-
 A control is a few lines: a function `route` of `model.OLMoE` that chooses experts and their weights in another way.
-Appends JSON lines to bench/results/controls.jsonl or controls_time.jsonl; changes and errors as in effect.py.
 """
 
-import argparse
-import itertools
-import json
 import math
-import statistics
-import tempfile
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import SimpleNamespace
 
 import torch
-from captured import draw
-from effect import BLOCK, RESULTS, ROSTERS, Softened, changes, softening, texts, where
+from effect import BLOCK, ROSTERS, Softened, changes, read, softening
 from torch import Tensor
 
-import bench
 import roe
 from cache import SharedCache
 from load import load
 from model import OLMoE, top_k
 
 TEXTS = "held-out modules", "Python, large packages", "C++ headers", "English", "Perl"
-TAU = 0.3  # of what is timed, as in bench.py
 
 
 # ---- Without noise ---------------------------------------------------------------------------------------------------
@@ -99,19 +84,52 @@ def noisy_route(k: int, noise: Tensor, rule: Callable) -> Callable:
 
     def route(layer, logits):
         g = noise[:, :, layer]
-        if len(noise) == 1 or len(logits) == 1 and not g.any():
+        if len(logits) == 1 and not g.any():
             return top_k(logits, k)
         return rule(logits.float().expand_as(g), logits.float() + g, k)
 
     return route
 
 
+# ---- Averages --------------------------------------------------------------------------------------------------------
+
+
+def geometric(log_probs: Tensor) -> Tensor:
+    """The rosters' mean log-probability, as log-probabilities: [n, ..., V] -> [..., V]."""
+    return log_probs.mean(0).log_softmax(-1)
+
+
+def without_clean(log_probs: Tensor) -> Tensor:
+    """The average of all rows but the clean one."""
+    return roe.aggregate(log_probs[1:])
+
+
+NOISY = {  # rule, noise, average
+    "rosters": (perturbed, roe.gumbel, roe.aggregate),
+    "mean of log-probabilities": (perturbed, roe.gumbel, geometric),
+    "without the clean row": (perturbed, roe.gumbel, without_clean),
+    "other experts, weights softmax(R)": (experts_only, roe.gumbel, roe.aggregate),
+    "other weights, clean path's experts": (weights_only, roe.gumbel, roe.aggregate),
+    "weights scaled to the clean row's sum": (rescaled, roe.gumbel, roe.aggregate),
+    "best expert kept": (certain_head, roe.gumbel, roe.aggregate),
+    "Gaussian noise": (perturbed, gaussian, roe.aggregate),
+}
+
+
 # ---- Measuring -------------------------------------------------------------------------------------------------------
+
+
+def draw(config, rosters: int, tau: list[float], seed: int, positions: range, gumbel: Callable) -> Tensor:
+    """tau G of tokens at T positions, [n, T, L, E]: what `roe.run_rosters` adds to the routers' logits."""
+    G = [gumbel(seed, position, rosters, config.num_hidden_layers, config.num_experts) for position in positions]
+    noise = torch.stack(G, 1) * torch.tensor(tau)[:, None]
+    noise[0] = 0  # row 0 is the clean path
+    return noise
 
 
 @torch.inference_mode()
 def run(model: OLMoE, piece: list[int], make: Callable) -> Iterator[tuple[Tensor, Tensor]]:
-    """Log-probabilities [rows, t, vocab_size] and targets [t], a few tokens at a time, as in `roe.score`.
+    """Log-probabilities [rows, t, V] and targets [t], a few tokens at a time, as in `roe.score`.
 
     make(positions) gives the route for the tokens at these positions.
     """
@@ -123,107 +141,47 @@ def run(model: OLMoE, piece: list[int], make: Callable) -> Iterator[tuple[Tensor
         yield model(part[None], cache, route).float().log_softmax(-1), targets
 
 
-def geometric(log_probs: Tensor) -> Tensor:
-    """The rosters' mean log-probability, as log-probabilities: [n, ..., V] -> [..., V]."""
-    return log_probs.mean(0).log_softmax(-1)
-
-
-def measure(model: OLMoE, pieces: list[list[int]], make: Callable, averages: dict[str, Callable]) -> Iterator[dict]:
-    """For every kind of average: its change from plain routing; make(positions, seed) gives the route."""
-    clean, softened = Softened(), {name: Softened() for name in averages}
-    scores = {name: [] for name in ("clean", *averages)}
-
-    def add(softened: Softened, name: str, log_probs: Tensor, targets: Tensor):
-        softened(log_probs[None], targets)
-        scores[name].append(log_probs.gather(-1, targets[:, None])[:, 0])
-
+def measure(model: OLMoE, pieces: list[list[int]], make: Callable, average: Callable) -> dict:
+    """The change from plain routing; make(positions, seed) gives the route."""
+    softened, scores, right = (Softened(), Softened()), ([], []), ([], [])
+    ways = (lambda *_: None, roe.aggregate), (make, average)
     for seed, piece in enumerate(pieces):
-        for log_probs, targets in run(model, piece, lambda _: None):
-            add(clean, "clean", log_probs[0], targets)
-        for log_probs, targets in run(model, piece, lambda positions: make(positions, seed)):
-            for name, average in averages.items():
-                add(softened[name], name, average(log_probs), targets)
-    for name in averages:
-        *_, change = changes(torch.stack([torch.cat(scores["clean"]), torch.cat(scores[name])]))
-        yield {"control": name} | change | {"rosters": ROSTERS} | softening(clean, softened[name])
+        for i, (way, mean) in enumerate(ways):
+            for log_probs, targets in run(model, piece, lambda positions: way(positions, seed)):
+                prediction = mean(log_probs)
+                softened[i](prediction, targets)
+                scores[i].append(prediction.gather(-1, targets[:, None])[:, 0])
+                right[i].append(prediction.argmax(-1) == targets)
+    joined = (torch.stack([torch.cat(parts) for parts in both]) for both in (scores, right))
+    _, change = changes(*joined)
+    return {"tokens": len(pieces) * BLOCK} | change | softening(*softened)
 
 
-def measure_effect(args: argparse.Namespace) -> Iterator[dict]:
-    model, tokenizer = load(dtype="float32")
-    config, tau = model.config, model.config.tau
-    k, E = config.num_experts_per_tok, config.num_experts
-    free = {f"{n} experts, no noise": scaled(n) for n in (k + 1, 2 * k, E)}
-    free |= {f"clean path, weights times {factor}": scaled(k, factor) for factor in (0.9, 1.1)}
-    noisy = {
-        "rosters": (perturbed, roe.gumbel),
-        "other experts, weights softmax(R)": (experts_only, roe.gumbel),
-        "other weights, clean path's experts": (weights_only, roe.gumbel),
-        "weights scaled to the clean row's sum": (rescaled, roe.gumbel),
-        "best expert kept": (certain_head, roe.gumbel),
-        "Gaussian noise": (perturbed, gaussian),
-    }
-    others = {  # averages of the first pass
-        "rosters": roe.aggregate,
-        "mean of log-probabilities": geometric,
-        "without the clean row": lambda log_probs: roe.aggregate(log_probs[1:]),
-    }
-    for text, source, pieces in texts(tokenizer, args.pieces, TEXTS):
-        found = {"text": text, "source": source, "tokens": len(pieces) * BLOCK, "tau": tau}
-        for name, route in free.items():
-            for change in measure(model, pieces, lambda *_: route, {name: roe.aggregate}):
-                yield found | change | {"rosters": 1, "tau": None}
-        for name, (rule, noise) in noisy.items():
-            make = lambda positions, seed: noisy_route(k, draw(config, ROSTERS, tau, seed, positions, noise), rule)
-            for change in measure(model, pieces, make, others if name == "rosters" else {name: roe.aggregate}):
-                yield found | change
+def controls(count: int = 8) -> list[tuple[dict, Callable]]:
+    """Cells for `report.measure`: every text with every control."""
 
+    def run_free(text: str, k: int, factor: float) -> dict:
+        model, tokenizer = load(dtype="float32")
+        route = scaled(k, factor)
+        return measure(model, read(text, tokenizer, count)[1], lambda *_: route, roe.aggregate)
 
-def measure_time(args: argparse.Namespace) -> Iterator[dict]:
-    """Decoding steps after 32 tokens; the rules and numbers of rosters take turns, and medians are reported."""
-    rules = {"rosters": perturbed, "other weights, clean path's experts": weights_only}
-    for layers in (0, 4):  # the embedded model, and four layers of OLMoE-1B-7B's shapes
-        with tempfile.TemporaryDirectory() as folder:
-            if layers:
-                bench.write(Path(folder), layers)
-            model = folder if layers else None
-            system = bench.RoE(SimpleNamespace(model=model, layers=layers, dtype="bfloat16", device="cpu"))
-        config, tau, seconds = system.model.config, roe.temperatures(system.model.config, TAU), {}
-        for _, n, name in itertools.product(range(args.repeats), (1, 8, 32), rules):
-            k, rule = config.num_experts_per_tok, rules[name]
-            make = lambda positions: noisy_route(k, draw(config, n, tau, 0, positions), rule)
-            seconds.setdefault((n, name), []).extend(decode(system, make, n))
-        for (n, name), times in seconds.items():
-            ms = 1000 * statistics.median(times)
-            yield {"control": name, "layers": layers, "rosters": n, "tau": TAU, "dtype": "bfloat16", "ms": ms}
+    def run_noisy(text: str, control: str) -> dict:
+        model, tokenizer = load(dtype="float32")
+        config = model.config
+        rule, noise, average = NOISY[control]
 
+        def make(positions: range, seed: int) -> Callable:
+            drawn = draw(config, ROSTERS, roe.temperatures(config), seed, positions, noise)
+            return noisy_route(config.num_experts_per_tok, drawn, rule)
 
-@torch.inference_mode()
-def decode(system: bench.RoE, make: Callable, n: int) -> list[float]:
-    """Seconds of decoding steps, as bench.py measures them."""
-    cache = system.cache(32, 2 * system.steps)
+        return measure(model, read(text, tokenizer, count)[1], make, average)
 
-    def step(token: int) -> int:
-        route = make(range(cache.length, cache.length + 1))
-        logits = system.model(torch.tensor([[token]]), cache, route)[:, 0].expand(n, -1)
-        return roe.aggregate(logits).argmax().item()
-
-    return bench.timed(step, system.steps)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["effect", "time"])
-    parser.add_argument("--pieces", type=int, default=12, help="of 512 tokens, evenly spaced over each text [12]")
-    parser.add_argument("--repeats", type=int, default=5, help="of each timing [5]")
-    args = parser.parse_args()
-    path = RESULTS / {"effect": "controls.jsonl", "time": "controls_time.jsonl"}[args.what]
-    start = time.time()
-    for result in globals()[f"measure_{args.what}"](args):
-        line = json.dumps(result | where())
-        print(f"{time.time() - start:5.0f} s {line[:300]}", flush=True)
-        with open(path, "a") as file:
-            file.write(line + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    free = {f"{k} experts, no noise": (k, 1.0) for k in (3, 4, 16)}
+    free |= {f"clean path, weights times {factor}": (2, factor) for factor in (0.9, 1.1)}
+    cells = []
+    for text in TEXTS:
+        for control, (k, factor) in free.items():
+            cells.append((control, text, lambda text=text, k=k, factor=factor: run_free(text, k, factor)))
+        for control in NOISY:
+            cells.append((control, text, lambda text=text, control=control: run_noisy(text, control)))
+    return [({"control": control, "text": text, "pieces": count}, measured) for control, text, measured in cells]

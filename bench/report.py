@@ -1,4 +1,4 @@
-"""What all measurements here and in study/ share: results as lines of JSON, where they were made, tables in Markdown."""
+"""What all measurements here and in study/ share: where they ran, results as lines of JSON, tables in Markdown."""
 
 import functools
 import hashlib

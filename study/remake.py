@@ -140,11 +140,7 @@ def table_margin() -> str:
         found = latest(line["found"], "rosters", "margin")
         for n in dict.fromkeys(n for n, _ in found):
             each = [found[n, m] for m in margin_study.MARGINS]
-            for label, key in {
-                "tokens with rosters": "share",
-                "overruled tokens kept": "kept",
-                "gain kept": "gain",
-            }.items():
+            for key, label in labels.items():
                 cells = (f"{100 * x[key]:.0f} ± {100 * x[f'{key}_error']:.0f}" for x in each)
                 rows.append([line["text"], n, f"{label}, %", *cells])
             rows.append([line["text"], n, "time of a token", *(f"{x['ratio']:.2f}" for x in each)])

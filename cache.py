@@ -73,9 +73,8 @@ class BranchingCache:
 
     def __init__(self, config, max_len: int, rosters: int, prompt_len: int, first_noisy: int | None):
         layers, Hk, D = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-        one_row = (
-            layers if rosters == 1 or first_noisy is None else first_noisy + 1
-        )  # the number of layers with one row
+        branches = rosters > 1 and first_noisy is not None
+        one_row = first_noisy + 1 if branches else layers  # the number of layers with one row
         shared = [max_len if layer < one_row else prompt_len for layer in range(layers)]
         self.shapes = [((1, Hk, length, D), (rosters, Hk, max_len - length, D)) for length in shared]
         self.prompt_len = prompt_len

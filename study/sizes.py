@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from effect import BLOCK, COUNTS, ROOT, ROSTERS, VALIDATION, blocks, read
+from effect import BLOCK, COUNTS, ROOT, ROSTERS, VALIDATION, read, slices
 from torch import Tensor
 
 import roe
@@ -82,7 +82,7 @@ def measure(directory: Path, count: int) -> dict:
     models = {size: load(directory / str(size), dtype="float32") for size in SIZES}
     parameters = [active_parameters(model.config) for model, _ in models.values()]
     model, tokenizer = models[MIDDLE]
-    validation = blocks(VALIDATION.read_text(encoding="utf-8"), tokenizer)
+    validation = slices(tokenizer, VALIDATION.read_text(encoding="utf-8"), 16)
     tau = min(TAUS, key=lambda tau: losses(model, validation, 16, tau)[-1].mean().item())
 
     _, pieces = read("held-out modules", tokenizer, count)

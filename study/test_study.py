@@ -1,14 +1,16 @@
 """Tests of the studies: that texts, controls and fits are what they say."""
 
+import json
 import math
 
-import captured
 import controls
 import effect
+import margin_study
 import pytest
+import remake
 import sizes
-import tables
 import torch
+from report import filled, results
 
 import roe
 from load import load
@@ -23,13 +25,14 @@ def loaded():
 
 
 def test_slices(loaded):
-    """Every piece is what the text says at evenly spaced places."""
+    """Every piece is what the text says at evenly spaced places, of which a short text has fewer."""
     _, tokenizer = loaded
     text = "\n".join(f"line {i} of a text" for i in range(10_000))
     pieces = effect.slices(tokenizer, text, 5)
     assert [len(piece) for piece in pieces] == 5 * [effect.BLOCK + 1]
     starts = [text.index(tokenizer.decode(piece)) for piece in pieces]
     assert starts[0] == 0 and len({b - a for a, b in zip(starts, starts[1:])}) <= 2  # but for rounding
+    assert 2 < len(effect.slices(tokenizer, text[:20_000], 100)) < 20_000 / effect.BLOCK
 
 
 def test_package_text():
@@ -41,17 +44,58 @@ def test_package_text():
     assert versions.startswith("iniconfig ") and versions.split()[1][0].isdigit()
 
 
+def test_changes():
+    """Two pieces of text, of which the second row gains 0.1 and 0.3 nats per token, and every fourth token."""
+    first = torch.full((2 * effect.BLOCK,), -2.0)
+    gain = torch.cat((torch.full((effect.BLOCK,), 0.1), torch.full((effect.BLOCK,), 0.3)))
+    right = torch.arange(2 * effect.BLOCK) % 4 < 2
+    more = torch.arange(2 * effect.BLOCK) % 4 < 3
+    clean, found = effect.changes(torch.stack((first, first + gain)), torch.stack((right, more)))
+    assert clean == {"perplexity": pytest.approx(math.exp(2)), "change": 0, "error": 0} | {
+        "accuracy": 0.5,
+        "gained": 0,
+        "gained_error": 0,
+    }
+    assert found["perplexity"] == pytest.approx(math.exp(1.8)) and found["change"] == pytest.approx(math.exp(-0.2) - 1)
+    assert found["error"] == pytest.approx(math.exp(-0.2) * 0.1, rel=1e-5)  # 0.2 / sqrt(2) is the pieces' deviation
+    assert found["accuracy"] == 0.75 and found["gained"] == 0.25
+    assert found["gained_error"] == pytest.approx((0.25 * 0.75 / (2 * effect.BLOCK)) ** 0.5, rel=1e-3)
+
+
 def test_softening():
     """What is 1.5 times too confident, and its cure: the rosters gain nothing beyond it."""
     generator = torch.Generator().manual_seed(0)
     log_probs = torch.randn(40 * effect.BLOCK, 30, generator=generator).log_softmax(-1)
     targets = log_probs.exp().multinomial(1, generator=generator)[:, 0]
     clean, average = effect.Softened(), effect.Softened()
-    clean((1.5 * log_probs).log_softmax(-1)[None], targets)
-    average(log_probs[None], targets)
+    clean((1.5 * log_probs).log_softmax(-1), targets)
+    average(log_probs, targets)
     found = effect.softening(clean, average)
     assert (found["clean_temperature"], found["temperature"]) == (1.5, 1)
     assert found["softened"] == pytest.approx(0, abs=1e-6) and found["softened_error"] == pytest.approx(0, abs=1e-6)
+    assert found["alone"] < -0.01
+
+
+def test_measure(loaded):
+    """Perplexity and accuracy of two pieces against `roe.score` and `roe.predict`, token by token."""
+    model, tokenizer = loaded
+    pieces = effect.slices(tokenizer, effect.HELD_OUT.read_text(encoding="utf-8"), 2)
+    found = effect.measure(model, pieces, 0.4, "clean")
+    assert [line["rosters"] for line in found["counts"]] == [1, 2, 4, 8, 16, 32] and found["tokens"] == 1024
+    scores = torch.cat([roe.score(model, piece, 4, 0.4, seed, "clean") for seed, piece in enumerate(pieces)], 1)
+    for n in (1, 2, 4):
+        line = next(line for line in found["counts"] if line["rosters"] == n)
+        assert line["perplexity"] == pytest.approx(scores[n - 1].mean().neg().exp().item(), rel=1e-5)
+    right = 0
+    for piece in pieces:
+        logits = model(torch.tensor([piece[:-1]]))[0]
+        right += (logits.argmax(-1) == torch.tensor(piece[1:])).sum().item()
+    assert found["counts"][0]["accuracy"] == right / 1024
+    right = []
+    for seed, piece in enumerate(pieces):
+        watch = lambda logits, log_probs, targets, _: right.append(log_probs.argmax(-1) == targets)
+        roe.score(model, piece, 32, 0.4, seed, "clean", watch=watch)
+    assert found["counts"][-1]["accuracy"] == pytest.approx(torch.cat(right).double().mean().item(), abs=1e-9)
 
 
 @pytest.mark.parametrize("rule, weights", [("perturbed", "perturbed"), ("experts_only", "clean")])
@@ -59,10 +103,10 @@ def test_controls_measure_what_rosters_are_measured_with(loaded, rule, weights):
     """`run` with a rule equals `roe.score` with its reading and the same noise."""
     model, tokenizer = loaded
     tokens, tau, n = tokenizer.encode("def push(self, item):\n").ids, roe.temperatures(model.config, 0.5), 4
-    noise = lambda positions: captured.draw(model.config, n, tau, 7, positions)
+    noise = lambda positions: controls.draw(model.config, n, tau, 7, positions, roe.gumbel)
     make = lambda positions: controls.noisy_route(2, noise(positions), getattr(controls, rule))
     parts = [roe.aggregate(p).gather(-1, t[:, None])[:, 0] for p, t in controls.run(model, tokens, make)]
-    torch.testing.assert_close(torch.cat(parts), effect.score(model, tokens, n, tau, 7, weights)[-1])
+    torch.testing.assert_close(torch.cat(parts), roe.score(model, tokens, n, tau, 7, weights)[-1])
 
 
 def test_rules():
@@ -141,8 +185,80 @@ def test_equivalent():
     assert low < worth < high and math.log(high / low) == pytest.approx(2 * 1.96 * error, rel=0.25)
 
 
-@pytest.mark.parametrize("name", "tune tuned rosters texts counts tau controls controls_time".split())
-def test_tables(name):
-    """Every table of the studies has lines, each with as many cells as its head."""
-    head, rule, *rows = getattr(tables, f"table_{name}")().splitlines()
-    assert rows and {line.count(" | ") for line in rows} == {head.count(" | ")} == {rule.count(" | ")}
+def test_controls(loaded, monkeypatch):
+    """The control "rosters" is what `effect.measure` measures; the clean row left out, the average is of the others."""
+    model, tokenizer = loaded
+    pieces = effect.slices(tokenizer, effect.HELD_OUT.read_text(encoding="utf-8"), 2)
+    monkeypatch.setattr(controls, "read", lambda name, tokenizer, count: (name, pieces))
+    cells = {(what["control"], what["text"]): run for what, run in controls.controls()}
+    assert len(cells) == len(controls.TEXTS) * (5 + len(controls.NOISY))
+    found, expected = cells["rosters", "English"](), effect.measure(model, pieces, None, "perturbed")
+    for key in ("perplexity", "change", "accuracy", "gained"):
+        assert found[key] == pytest.approx(expected["counts"][-1][key], rel=1e-4, abs=1e-9)
+    assert found["softened"] == pytest.approx(expected["softened"], rel=1e-3)
+    probs = torch.rand(3, 5, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(controls.without_clean(probs.log()).exp(), probs[1:].log().softmax(-1).mean(0))
+    assert abs(cells["3 experts, no noise", "Perl"]()["change"]) > 1e-5
+
+
+def test_results():
+    """Of one version of the code and one machine each; tables are those of the results, and of full width."""
+    for path in effect.RESULTS.glob("*.jsonl"):
+        assert len({(line["code"], line["machine"], line["torch"]) for line in results(path)}) == 1, path
+    for name, table in remake.TABLES.items():
+        head, rule, *rows = table().splitlines()
+        assert rows and {line.count(" | ") for line in rows} == {head.count(" | ")} == {rule.count(" | ")}, name
+    for file in ("README.md", "study/README.md"):
+        text = (effect.ROOT / file).read_text(encoding="utf-8")
+        assert filled(text, remake.TABLES) == text, f"{file}: python study/remake.py --tables"
+
+
+def test_figures(tmp_path, monkeypatch):
+    """All are drawn from the results, the same file each time; those that texts show are there."""
+    monkeypatch.setattr(remake, "FIGURES", tmp_path)
+    for name, draw in remake.named("draw_").items():
+        if name != "show":
+            draw()
+            assert (tmp_path / f"{name}.svg").read_bytes() == (effect.ROOT / f"study/figures/{name}.svg").read_bytes()
+    assert {path.stem for path in (effect.ROOT / "study" / "figures").iterdir()} == set(remake.named("draw_"))
+
+
+def test_one_study(tmp_path, monkeypatch, loaded):
+    """The command measures what is missing, and only that; a new version of the code measures all of it anew."""
+    measured = []
+
+    def study():
+        cell = lambda i: ({"number": i}, lambda: measured.append(i) or {"square": i * i})
+        return [cell(i) for i in range(3)]
+
+    for name in ("fill", "named"):
+        monkeypatch.setattr(remake, name, lambda *_: {})
+    monkeypatch.setattr(remake, "STUDIES", {"squares": study})
+    monkeypatch.setattr(remake, "RESULTS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["remake.py", "--only", "squares"])
+    remake.main()
+    assert measured == [0, 1, 2]
+    file = tmp_path / "squares.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(lines[:2]) + "\n")
+    remake.main()
+    assert measured == [0, 1, 2, 2] and [line["square"] for line in results(file)] == [0, 1, 4]
+    file.write_text("".join(json.dumps(line | {"code": "another"}) + "\n" for line in results(file)))
+    remake.main()
+    assert measured == [0, 1, 2, 2, 0, 1, 2] and len(results(file)) == 3
+
+
+def test_margin_study(monkeypatch):
+    """Three rosters' worth of arithmetic by hand: two texts of two tokens each."""
+    texts = [margin_study.Tokens(), margin_study.Tokens()]
+    count = len(margin_study.COUNTS)
+    for text, ahead, overruled, gain in (
+        (texts[0], (0.1, 0.9), (1, 0), (2.0, 1.0)),
+        (texts[1], (0.3, 1.0), (1, 0), (4.0, 1.0)),
+    ):
+        rows = [ahead, *count * [overruled], *count * [gain]]
+        text.parts.append(torch.tensor(rows).double())
+    found = margin_study.kept(texts, 0, 0.2)
+    assert (found["tokens"], found["overruled"]) == (4, 2)
+    assert (found["share"], found["kept"], found["gain"]) == (1 / 4, 1 / 2, 2 / 8)
+    assert margin_study.kept(texts, 0, 1.0)["share"] == 1  # even where the clean path is certain

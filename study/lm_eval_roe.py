@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from continuations import crop, score_continuations
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
@@ -25,6 +24,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.par
 import roe_transformers
 
 import roe
+from cache import SharedCache
 from load import fetch, load, pick_device, read_json, read_tau
 
 EMBEDDED = Path(roe.__file__).parent / "tiny"
@@ -32,6 +32,16 @@ EMBEDDED = Path(roe.__file__).parent / "tiny"
 TEXTS = {"revision", "tokenizer", "add_bos_token", "prefix_token_id"}
 TEXTS |= {"chat_template_args", "enable_thinking", "think_end_token"}
 WITHOUT_EFFECT = {"num_beams": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}
+
+
+def crop(context: list[int], continuation: list[int], limit: int) -> list[int]:
+    """A context without the beginning that a model of `limit` tokens has no room for, as lm-eval cuts it.
+
+    Raises ValueError: a continuation that is empty or alone longer than the limit.
+    """
+    if not 0 < len(continuation) <= limit:
+        raise ValueError(f"a continuation must have 1 to {limit} tokens, not {len(continuation)}")
+    return context[-(limit + 1 - len(continuation)) :]  # one more: the last token is predicted, but not read
 
 
 @register_model("roe")
@@ -65,8 +75,8 @@ class RoE(HFLM):
         super().__init__(str(pretrained), device=str(pick_device(device)), dtype=dtype, batch_size=1, **options)
         if self.prefix_token_id is None:
             raise ValueError("the tokenizer names neither a bos nor an eos token; give one: prefix_token_id=ID")
-        self.rosters, self.seed, self.weights, self.branching = rosters, seed, weights, cache == "branching"
-        self.add_rosters(read_tau(tau if tau is None else str(tau)), skip)
+        self.weights, self.branching = weights, cache == "branching"
+        self.add_rosters(rosters, read_tau(tau if tau is None else str(tau)), skip, seed)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> "RoE":
@@ -100,16 +110,36 @@ class RoE(HFLM):
         self._model, _ = load(source, self.device, dtype)
         self._model.tie_weights = lambda: None  # `HFLM` calls it
 
-    def add_rosters(self, tau: float | list[float] | None, skip: int) -> None:
+    def add_rosters(self, rosters: int, tau: float | list[float] | None = None, skip: int = 1, seed: int = 0) -> None:
+        """Runs from now on with these: at the beginning, and again between evaluations. Sets `tau`, one per layer."""
+        self.rosters, self.seed = rosters, seed
         self.tau = roe.temperatures(self.model.config, tau, skip)
 
+    @torch.inference_mode()
     def score(self, pairs: Iterable[tuple[list[int], list[int]]]) -> Iterator[tuple[float, bool]]:
-        """Log-likelihoods of continuations of contexts, and whether they are greedy."""
+        """Log-likelihoods of continuations of contexts, and whether they are what greedy decoding would have written.
+
+        Of a continuation it is what `roe.score` gives to its tokens in the whole text. A context that is equal to that
+        of the pair before is not read again.
+        """
         if self.branching:
             raise ValueError("log-likelihoods are those of the shared cache only; leave out cache=branching")
-        options = {"rosters": self.rosters, "tau": self.tau, "seed": self.seed, "weights": self.weights}
-        for log_probs, greedy in score_continuations(self.model, pairs, **options):
-            yield log_probs[-1].sum().item(), greedy
+        limit = self.model.config.max_position_embeddings
+        cache, read = SharedCache(self.model.config, limit), None
+        for context, continuation in pairs:
+            context = crop(context, continuation, limit)
+            if context != read:
+                cache.length, read = 0, context
+                if len(context) > 1:  # its last token, the first to be stochastic, is read with the continuation
+                    self.model.hidden(torch.tensor([context[:-1]], device=self.device), cache)
+            cache.length = len(context) - 1
+            greedy = []
+
+            def watch(logits, log_probs, targets, cache):
+                greedy.append((log_probs.argmax(-1) == targets).all())
+
+            tokens, settings = [context[-1], *continuation], (self.rosters, self.tau, self.seed, self.weights)
+            yield roe.score(self.model, tokens, *settings, cache, watch)[-1].sum().item(), all(greedy)
 
     def write(self, prompt: list[int], most: int, stop: list[str], seed: int, temperature=0.0, top_p=1.0, **others):
         """Yields up to `most` tokens; ends after one that completes a text of `stop`."""
@@ -169,8 +199,9 @@ class RoETransformers(RoE):
     def _create_model(self, *args, **options) -> None:
         HFLM._create_model(self, *args, **options)
 
-    def add_rosters(self, tau: float | list[float] | None, skip: int) -> None:
-        roe_transformers.add_roe(self.model, self.rosters, tau, skip, self.seed, self.weights)
+    def add_rosters(self, rosters: int, tau: float | list[float] | None = None, skip: int = 1, seed: int = 0) -> None:
+        roe_transformers.add_roe(self.model, rosters, tau, skip, seed, self.weights)
+        self.rosters, self.seed, self.tau = rosters, seed, self.model.roe.tau
 
     @torch.inference_mode()
     def score(self, pairs: Iterable[tuple[list[int], list[int]]]) -> Iterator[tuple[float, bool]]:

@@ -26,8 +26,6 @@ from transformers import (
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from continuations import score_continuations
-
 import roe
 from load import load
 
@@ -425,7 +423,7 @@ def test_what_cannot_be_done_is_refused(ours):
     with pytest.raises(ValueError, match="cache must be shared or branching, not clean"):
         ours(cache="clean")
     with pytest.raises(ValueError, match="must have 1 to 64 tokens, not 200"):
-        next(score_continuations(ours().model, [([0], [1] * 200)], 1))
+        next(ours().score([([0], [1] * 200)]))
 
 
 def test_devices(ours, small, mixtral):

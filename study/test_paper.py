@@ -1,32 +1,35 @@
 """Tests of the paper's tables: on tasks that are files, with the embedded model and a small random Mixtral."""
 
 import json
-import shutil
+import math
+import statistics
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-pytest.importorskip("lm_eval", reason="needs the extra eval")
+lm_eval = pytest.importorskip("lm_eval", reason="needs the extra eval")
 pytest.importorskip("optuna", reason="needs the extra tune")
-import lm_eval
 import paper
-from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from test_lm_eval import mixtral  # noqa: F401
 
 import roe
+from load import load
 
 torch.set_num_threads(1)
 EMBEDDED = Path(roe.__file__).parent / "tiny"
-LINES = [line for line in (EMBEDDED / "validation.txt").read_text().splitlines() if len(line.split()) > 3][:90]
+SMALL = ["--trials", 2, "--seeds", 2, "--rosters", 3, "--limit", 16]
 TASKS = {
-    "choices": {
+    "choosing": {
         "output_type": "multiple_choice",
         "doc_to_text": "{{question}}",
         "doc_to_choice": "{{choices}}",
         "doc_to_target": "{{label}}",
+        "target_delimiter": "",
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
         "validation_split": "others",
     },
@@ -34,47 +37,58 @@ TASKS = {
         "output_type": "generate_until",
         "doc_to_text": "{{question}}",
         "doc_to_target": "{{answer}}",
-        "generation_kwargs": {"until": ["\n", " "], "max_gen_toks": 6, "do_sample": False},
+        "target_delimiter": "",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 3, "do_sample": False},
         "metric_list": [{"metric": "exact_match"}],
-        "num_fewshot": 1,
-        "fewshot_split": "others",
         "training_split": "others",
     },
-    "text": {
+    "reading": {
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",
         "doc_to_target": "{{question}}",
         "metric_list": [{"metric": "word_perplexity"}],
+        "validation_split": "others",
     },
 }
 
 
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory):
-    """A directory of task files: the last word of a line, chosen and written, and lines as texts."""
-    path = tmp_path_factory.mktemp("tasks")
-    documents = []
-    for i, line in enumerate(LINES):
-        question, answer = line.rsplit(" ", 1)
-        choices = [answer, *(other.split()[-1] for other in (LINES[i - 1], LINES[i - 2]))]
-        documents.append({"question": question, "answer": answer, "choices": choices, "label": 0})
-    files = {"asked": documents[:60], "others": documents[60:]}
-    for name, part in files.items():
-        (path / f"{name}.jsonl").write_text("".join(json.dumps(document) + "\n" for document in part))
-    for name, task in TASKS.items():
-        data = {"data_files": {part: str(path / f"{part}.jsonl") for part in files}, "cache_dir": str(path / "cache")}
-        common = {"task": name, "dataset_path": "json", "dataset_kwargs": data, "test_split": "asked"}
+def write_tasks(path: Path, tasks: dict, rows: dict) -> Path:
+    """A directory of task files and their questions: rows {split: [...]}, or for each task."""
+    for name, task in tasks.items():
+        files = {}
+        for split, documents in rows.get(name, rows).items():
+            files[split] = str(path / f"{name}-{split}.jsonl")
+            Path(files[split]).write_text("".join(json.dumps(document) + "\n" for document in documents))
+        data = {"data_files": files, "cache_dir": str(path / "cache")}
+        common = {"task": name, "dataset_path": "json", "dataset_name": None, "dataset_kwargs": data}
         (path / f"{name}.yaml").write_text(json.dumps(common | task))  # JSON is YAML
     return path
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """The ends of lines of code, half of them as the model itself would write them, so that some are right."""
+    text = (EMBEDDED / "validation.txt").read_text()
+    lines = [line for line in text.splitlines() if len(line.split()) > 3][:60]
+    model, tokenizer = load(EMBEDDED, "cpu")
+    documents = []
+    for i, line in enumerate(lines):
+        middle = line.rindex(" ")
+        tokens = tokenizer.encode(line[:middle]).ids
+        written = tokenizer.decode(list(roe.generate(model, tokens, 1, max_new_tokens=3))).split("\n")[0]
+        answers = [(i % 2 and written) or line[middle:], " " + lines[i - 1].split()[-1], " " + lines[i - 2].split()[-1]]
+        documents.append({"question": line[:middle], "answer": answers[0], "choices": answers, "label": 0})
+    rows = {"asked": documents[:40], "others": documents[40:]}
+    tasks = {name: {"test_split": "asked"} | task for name, task in TASKS.items()}
+    return write_tasks(tmp_path_factory.mktemp("tasks"), tasks, rows)
 
 
 @pytest.fixture
 def cli(monkeypatch, capfd, tmp_path, tasks):
     """Runs the program in this process; returns status, standard output and error."""
-    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
 
-    def run(*options, model=EMBEDDED, output=tmp_path / "out"):
-        options = ["--model", model, "--include-path", tasks, "--output", output, *options]
+    def run(*options, model=EMBEDDED, include_path=tasks, output=tmp_path / "out"):
+        options = ["--model", model, "--include-path", include_path, "--output", output, *options]
         monkeypatch.setattr(sys, "argv", ["paper.py", *map(str, options)])
         status = 0
         try:
@@ -86,12 +100,119 @@ def cli(monkeypatch, capfd, tmp_path, tasks):
     return run
 
 
-SMALL = ["--trials", 2, "--seeds", 2, "--rosters", 3, "--limit", 12]
+def runs(output: Path, **what) -> list[dict]:
+    lines = [json.loads(line) for line in (output / "runs.jsonl").read_text().splitlines()]
+    return [line for line in lines if what.items() <= line.items()]
 
 
-def test_try(cli, tmp_path):
+def table(output: Path) -> list[list[str]]:
+    lines = (output / "table.md").read_text().splitlines()[4:]
+    return [line[2:-2].split(" | ") for line in lines]
+
+
+def test_the_table(cli, tasks, tmp_path):
+    """Its numbers are those of the runs, by hand; the temperatures are those of the best trial."""
     status, out, err = cli(*SMALL, "--tasks", *TASKS)
-    print(out, err)
-    print((tmp_path / "out" / "table.md").read_text())
-    for line in (tmp_path / "out" / "runs.jsonl").read_text().splitlines(): print(line[:600])
-    assert 0
+    output = tmp_path / "out"
+    assert status == 0, err
+    assert out == (output / "table.md").read_text().split("\n\n")[1]
+    assert [row[:2] + row[4:5] for row in table(output)] == [
+        ["choosing", "acc", "3"],
+        ["choosing", "acc_norm", "3"],
+        ["writing", "exact_match", "3"],
+        ["reading", "perplexity", "2"],
+        ["reading", "perplexity", "3"],
+    ]
+    for task, measure, questions, clean, rosters, noisy, difference, worth, *_ in table(output):
+        n = int(rosters)
+        (before,) = runs(output, task=task, part="asked", questions=16, rosters=1)
+        trials = runs(output, task=task, part="search", rosters=n)
+        best = max((t for t in trials if t["questions"] > 4), key=lambda t: sum(t["values"]["log-likelihood"]))
+        seeds = runs(output, task=task, part="asked", questions=16, rosters=n, tau=best["tau"])
+        assert questions == "16" and len(trials) == 3 and [line["seed"] for line in seeds] == [1, 2]
+        # L is 3 where a model chooses, which of 6 layers leaves none, so that it is 2; else 1.
+        inner = task != "choosing"
+        assert [0 < tau <= 0.5 for tau in best["tau"]] == [False, inner, True, True, inner, False]
+        if task != "reading":
+            one = before["values"][measure]
+            several = [(a + b) / 2 for a, b in zip(*(line["values"][measure] for line in seeds))]
+            change = [b - a for a, b in zip(one, several)]
+            error = lambda x: statistics.stdev(x) / math.sqrt(16)
+            shown = lambda x: f"{statistics.mean(x):.2%} ± {error(x):.2%}"
+            assert (clean, noisy) == (shown(one), shown(several)) and 0 < statistics.mean(one) < 1
+            assert difference == f"{100 * statistics.mean(change):+.2f} ± {100 * error(change):.2f}"
+        else:
+            model, tokenizer = load(EMBEDDED, "cpu")
+            questions = [json.loads(line)["question"] for line in (tasks / "reading-asked.jsonl").open()][:16]
+            ids = [tokenizer.encode(question).ids for question in questions]
+            tokens = sum(map(len, ids))
+            total = lambda line: sum(line["values"]["log-likelihood"])
+            assert total(before) == pytest.approx(sum(roe.score(model, [0, *text], 1).sum().item() for text in ids))
+            one, several = -total(before) / tokens, -statistics.mean(map(total, seeds)) / tokens
+            assert float(clean.split()[0]) == pytest.approx(math.exp(one), abs=1e-3)
+            assert float(noisy.split()[0]) == pytest.approx(math.exp(several), abs=1e-3)
+            assert difference.split()[0] == f"{math.exp(several - one) - 1:+.2%}"
+            assert worth == f"{(one / several) ** (1 / 0.076) - 1:+.1%}"
+
+
+def test_clean_runs_equal_the_hf_model(cli, mixtral, tasks, tmp_path):  # noqa: F811
+    """Those of the embedded model and of one on transformers, with lm-eval's own accuracies and log-likelihoods."""
+    pytest.importorskip("accelerate", reason="lm-eval's hf model needs it")
+    for model in (EMBEDDED, mixtral.path):
+        output = tmp_path / model.name
+        status, _, err = cli(*SMALL, "--tasks", *TASKS, model=model, output=output)
+        assert status == 0, err
+        arguments = {"pretrained": str(model), "dtype": "float32", "device": "cpu"}
+        manager = TaskManager(include_path=str(tasks), include_defaults=False)
+        options = {"model": "hf", "model_args": arguments, "tasks": list(TASKS), "limit": 16, "task_manager": manager}
+        expected = lm_eval.simple_evaluate(**options, bootstrap_iters=0, log_samples=True)
+        for task, metrics in {"choosing": ["acc", "acc_norm"], "writing": ["exact_match"]}.items():
+            (clean,) = runs(output, task=task, rosters=1, questions=16)
+            for metric in metrics:
+                assert statistics.mean(clean["values"][metric]) == expected["results"][task][f"{metric},none"]
+        (clean,) = runs(output, task="reading", rosters=1, questions=16)
+        found = [sample["resps"][0][0] for sample in expected["samples"]["reading"]]
+        assert clean["values"]["log-likelihood"] == pytest.approx(found, rel=1e-4)  # sums in another order
+        assert len(runs(output, rosters=3, questions=16, part="asked")) == 6
+    (tau,) = {str(line["tau"]) for line in runs(output, task="choosing", rosters=3, seed=1)}
+    first, *middle, last = json.loads(tau)
+    assert first == last == 0 and all(0 < value <= 0.3 for value in middle)  # Mixtral's highest
+
+
+class Cut(SimpleNamespace):
+    """Lets a number of runs pass, and interrupts the next one."""
+
+    def __call__(self, function, *arguments):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+
+def test_a_run_that_was_cut_goes_on(cli, monkeypatch, tmp_path):
+    """Nothing is run twice, and the table is that of a run in one go."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    names = ["choosing", "writing"]
+    assert cli(*SMALL, "--tasks", *names, output=whole)[0] == 0
+    values = lambda output: [(line["task"], line["tau"], line["seed"], line["values"]) for line in runs(output)]
+
+    done = 0
+    for left in (3, 8, 1):  # before the last task's first questions, within a search, at once
+        run = Cut(left=left)
+        with monkeypatch.context() as patch:
+            patch.setattr(paper, "likelihoods", partial(run, paper.likelihoods))
+            patch.setattr(paper, "measures", partial(run, paper.measures))
+            assert cli(*SMALL, "--tasks", *names, output=cut)[0] == 130
+        done += left
+        assert values(cut) == values(whole)[:done]
+        with (cut / "runs.jsonl").open("a") as file:
+            file.write('{"task": "choo')  # what was written when the power went
+    assert cli(*SMALL, "--tasks", *names, output=cut)[0] == 0
+    assert values(cut) == values(whole) and len(values(whole)) > done
+    assert (cut / "table.md").read_text() == (whole / "table.md").read_text()
+
+    run = Cut(left=0)
+    monkeypatch.setattr(paper, "likelihoods", partial(run, paper.likelihoods))
+    monkeypatch.setattr(paper, "measures", partial(run, paper.measures))
+    assert cli(*SMALL, "--tasks", *names, output=cut)[0] == 0  # all is there
+    assert cli(*SMALL[:1], 3, *SMALL[2:], "--tasks", *names, output=cut)[0] == 130  # but not a third trial

@@ -15,6 +15,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="needs the extra eval")
 pytest.importorskip("optuna", reason="needs the extra tune")
 import paper
 from lm_eval.tasks import TaskManager
+from lm_eval_roe import RoE
 from test_lm_eval import mixtral  # noqa: F401
 
 import roe
@@ -155,9 +156,10 @@ def test_the_table(cli, tasks, tmp_path):
             assert worth == f"{(one / several) ** (1 / 0.076) - 1:+.1%}"
 
 
-def test_clean_runs_equal_the_hf_model(cli, mixtral, tasks, tmp_path):  # noqa: F811
+def test_clean_runs_equal_the_hf_model(cli, mixtral, monkeypatch, tasks, tmp_path):  # noqa: F811
     """Those of the embedded model and of one on transformers, with lm-eval's own accuracies and log-likelihoods."""
     pytest.importorskip("accelerate", reason="lm-eval's hf model needs it")
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda found: None)  # takes seconds
     for model in (EMBEDDED, mixtral.path):
         output = tmp_path / model.name
         status, _, err = cli(*SMALL, "--tasks", *TASKS, model=model, output=output)
@@ -216,3 +218,124 @@ def test_a_run_that_was_cut_goes_on(cli, monkeypatch, tmp_path):
     monkeypatch.setattr(paper, "measures", partial(run, paper.measures))
     assert cli(*SMALL, "--tasks", *names, output=cut)[0] == 0  # all is there
     assert cli(*SMALL[:1], 3, *SMALL[2:], "--tasks", *names, output=cut)[0] == 130  # but not a third trial
+
+
+def test_hours(cli, monkeypatch, tmp_path):
+    """Four questions of each kind of run say how long all will take; what is done is told apart."""
+    clock = iter(range(10**6))
+    monkeypatch.setattr(paper, "time", SimpleNamespace(perf_counter=lambda: 3600 * next(clock)))  # a run takes an hour
+    said = "writing: about {:.2f} hours\nin all about {:.2f} hours, {:.2f} of them done"
+    whole = 40 / 4 + 2 * 20 / 4 + 3 * 40 / 4  # 40 questions; 2 trials with the 20 of the other split; 3 seeds
+    options = ["--tasks", "writing", "--trials", 2, "--seeds", 3, "--rosters", 2]
+    assert said.format(whole, whole, 3) in cli(*options)[2]
+    assert said.format(whole, whole, 3 + 1 + 2 + 3) in cli(*options)[2]
+
+
+# ---- lm-eval's own tasks, with a few made-up questions ---------------------------------------------------------------
+
+ARC = {"question": "What is {i}?", "choices": {"text": ["one", "two"], "label": ["A", "B"]}, "answerKey": "B"}
+QUESTIONS = {
+    "gsm8k/gsm8k": {"question": "What is {i} + 1?", "answer": "It is {i} + 1.\n#### {i}1"},
+    "arc/arc_easy": ARC,
+    "arc/arc_challenge": ARC,
+    "openbookqa/openbookqa": ARC | {"question_stem": "Number {i} is"},
+    "siqa/siqa": {"context": "{i}.", "question": "Why?", "answerA": "a", "answerB": "b", "answerC": "c", "label": "2"},
+    "hellaswag/hellaswag": {
+        "activity_label": "Counting",
+        "ctx_a": "{i} is.",
+        "ctx_b": "then",
+        "endings": ["it ends.", "two.", "three.", "four."],
+        "label": "1",
+    },
+    "wikitext/wikitext": {"page": "A page , the {i} th @-@ one ."},
+    "humaneval/humaneval": {
+        "prompt": "def f{i}():\n",
+        "canonical_solution": "    return {i}\n",
+        "test": "def check(f):\n    assert f() == {i}",
+        "entry_point": "f{i}",
+    },
+    "humaneval/humaneval_plus": {},
+}
+QUESTIONS["humaneval/humaneval_plus"] = QUESTIONS["humaneval/humaneval"]
+SEARCHED = {  # the first question that temperatures are searched on
+    "gsm8k": ("Question: What is 10 + 1?\nAnswer:", " It is 10 + 1.\n#### 101"),
+    "arc_easy": ("Question: What is 20?\nAnswer:", " two"),
+    "arc_challenge": ("Question: What is 20?\nAnswer:", " two"),
+    "openbookqa": ("Number 20 is", " two"),
+    "social_iqa": ("Q: 10. Why?\nA:", " b"),
+    "hellaswag": ("Counting: 10 is. Then", " two."),
+    "wikitext": ("A page, the 20 th-one .",),
+    "humaneval": ("def f0():\n", "    return 0\n"),
+    "humaneval_plus": ("def f0():\n", "    return 0\n"),
+}
+
+
+@pytest.fixture
+def own_tasks(tmp_path, monkeypatch):
+    """lm-eval's tasks with questions of ours: splits train, validation and test begin with number 10, 20 and 0."""
+    judge = SimpleNamespace(compute=lambda references, predictions, k: ({"pass@1": float("1" in references[0])}, None))
+    monkeypatch.setattr("evaluate.load", lambda name: judge)  # what runs the code is on the hub
+    filled = lambda value, i: json.loads(json.dumps(value).replace("{i}", str(i)))
+    tasks, rows = {}, {}
+    for path, question in QUESTIONS.items():
+        file = Path(lm_eval.__file__).parent / "tasks" / f"{path}.yaml"
+        name = "social_iqa" if "siqa" in path else file.stem
+        tasks[name] = {"task": name, "include": str(file)}
+        if name in ("gsm8k", *paper.CODE):
+            tasks[name]["generation_kwargs"] = {"until": ["\n"], "max_gen_toks": 4, "do_sample": False}
+        starts = {"test": 0} if name in paper.CODE else {"train": 10, "validation": 20, "test": 0}
+        rows[name] = {split: [filled(question, start + i) for i in range(7)] for split, start in starts.items()}
+    return write_tasks(tmp_path, tasks, rows)
+
+
+def test_lm_evals_own_tasks(cli, monkeypatch, own_tasks, tmp_path):
+    """All are asked; temperatures are searched on right answers of the validation split, of the training split where
+    validation is asked or not there, of a fifth of HumanEval."""
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    names = paper.TASKS + paper.CODE
+    options = ["--trials", 1, "--seeds", 1, "--rosters", 2, "--confirm-run-unsafe-code"]
+    status, _, err = cli(*options, include_path=own_tasks)
+    assert status == 0, err
+    chosen = [(name, measure, "7") for name in paper.TASKS[1:4] for measure in ("acc", "acc_norm")]
+    assert [tuple(row[:3]) for row in table(tmp_path / "out")] == [
+        ("gsm8k", "exact_match, strict-match", "7"),
+        ("gsm8k", "exact_match, flexible-extract", "7"),
+        *chosen,
+        ("social_iqa", "acc", "7"),
+        ("hellaswag", "acc", "7"),
+        ("hellaswag", "acc_norm", "7"),
+        ("wikitext", "perplexity", "7"),
+        ("humaneval", "pass@1, create_test", "5"),
+        ("humaneval_plus", "pass@1, create_test", "5"),
+    ]
+    for line in runs(tmp_path / "out", task="humaneval", part="asked", questions=5):
+        assert line["values"] == {"pass@1, create_test": [1, 0, 0, 0, 0]}  # questions 1, 2, 3, 4, 6; see `judge`
+    manager, lm = TaskManager(include_path=str(own_tasks), include_defaults=False), RoE(EMBEDDED, device="cpu")
+    for name, task in manager.load(names)["tasks"].items():
+        divided = paper.prepare(task, lm, None, None)
+        *context, answer = divided.search[0]
+        *expected, right = SEARCHED[name]
+        assert answer == right and all(text.endswith(end) for text, end in zip(context, expected, strict=True))
+        assert str(context).count("Question") == {"gsm8k": 6, "arc_easy": 1, "arc_challenge": 1}.get(name, 0)
+        assert divided.counts == ([2, 4, 8, 16, 32] if name == "wikitext" else [32])
+
+
+def test_bad_input(cli, monkeypatch, own_tasks, tmp_path):
+    """One line that says what to do, and status 2."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "runs.jsonl").write_text("steps: 3\n")
+    code = {"include_path": own_tasks}
+    allow = "--confirm-run-unsafe-code"
+    refused = [
+        (cli("--tasks", "writing", "reeding"), "no task reeding; see `lm-eval ls tasks`, or give an --include-path"),
+        (cli("--tasks", "writing", model=tmp_path / "nothing"), "there is no directory"),
+        (cli("--tasks", "writing", output=tmp_path / "file"), "is not a directory; choose another --output"),
+        (cli("--tasks", "writing", output=tmp_path / "foreign"), "is not what this program wrote"),
+        (cli("--tasks", "writing", "--rosters", 1), "must be from 2 to 1024, not 1"),
+        (cli("--tasks", "writing", "--model-args", "margin=0.5"), "an OLMoE has no argument margin; leave it out"),
+        (cli("--tasks", "humaneval", **code), "set HF_ALLOW_CODE_EVAL=1 and give --confirm-run-unsafe-code"),
+        (cli(allow, **code), "humaneval runs code that the model wrote; set HF_ALLOW_CODE_EVAL=1"),
+    ]
+    for (status, out, err), sentence in refused:
+        assert (status, out, err.count("\n")) == (2, "", 1) and err.startswith("paper.py: error: ") and sentence in err

@@ -148,6 +148,7 @@ class Runs:
         for line in self.lines:
             if what.items() <= line.items():
                 return line
+        print(f"{what['task']}: {part}, {len(questions)} questions, {rosters} rosters, seed {seed}", file=sys.stderr)
         start = time.perf_counter()
         self.lm.add_rosters(rosters, tau, seed=seed)
         if isinstance(questions[0], tuple):
@@ -162,9 +163,8 @@ class Runs:
     def hours(self, task: Task, trials: int, seeds: int) -> float:
         """What all runs of a task will take, by its first questions."""
         start = [min(TAU, tau) for tau in task.highest]
-        plan = [("asked", 1, 0.0, 1)]
-        for n in task.counts:
-            plan += [("search", n, start, trials), ("asked", n, start, seeds)]
+        noisy = [("search", trials), ("asked", seeds)]
+        plan = [("asked", 1, 0.0, 1), *((part, n, start, times) for n in task.counts for part, times in noisy)]
         seconds = 0
         for part, n, tau, times in plan:
             first = self.run(task, part, n, tau, count=FIRST)
@@ -225,17 +225,17 @@ def rows(runs: Runs, task: Task, rosters: int, trials: int, seeds: int) -> Itera
 
 def named(args: argparse.Namespace) -> list[ConfigurableTask]:
     """The tasks to be asked. Raises ValueError: unknown ones; one that runs code, which was not allowed."""
-    names, allowed = args.tasks or TASKS + CODE * args.confirm_run_unsafe_code, args.confirm_run_unsafe_code
+    names = args.tasks or TASKS + CODE * args.confirm_run_unsafe_code
+    allowed = args.confirm_run_unsafe_code and os.environ.get("HF_ALLOW_CODE_EVAL") == "1"
     for defaults in (False, True):  # lm-eval's own tasks take a while to read
         manager = TaskManager(include_path=args.include_path, include_defaults=defaults)
         unknown = [name for name in names if name not in manager.all_subtasks]
         if not unknown:
             break
-    if unknown:
+    else:
         raise ValueError(f"lm-eval has no task {', '.join(unknown)}; see `lm-eval ls tasks`, or give an --include-path")
     for name in names:
-        runs_code = (manager.task_index[name].cfg or {}).get("unsafe_code")
-        if runs_code and not (allowed and os.environ.get("HF_ALLOW_CODE_EVAL") == "1"):
+        if manager.task_index[name].cfg.get("unsafe_code") and not allowed:
             hint = "set HF_ALLOW_CODE_EVAL=1 and give --confirm-run-unsafe-code, or leave it out"
             raise ValueError(f"{name} runs code that the model wrote; {hint}")
     return list(manager.load(names)["tasks"].values())
@@ -266,10 +266,9 @@ def main() -> None:
         runs = Runs(args.output / "runs.jsonl", lm, {"model": args.model, "model_args": args.model_args})
         tasks = [prepare(task, lm, args.rosters, args.limit) for task in tasks]
         hours = [runs.hours(task, args.trials, args.seeds) for task in tasks]
-        for task, its_hours in zip(tasks, hours):
-            print(f"{task.task.task_name}: about {its_hours:.2f} hours", file=sys.stderr)
+        each = ", ".join(f"{task.task.task_name} {its_hours:.2f}" for task, its_hours in zip(tasks, hours))
         done = sum(line["seconds"] for line in runs.lines if runs.model.items() <= line.items()) / 3600
-        print(f"in all about {sum(hours):.2f} hours, {done:.2f} of them done", file=sys.stderr)
+        print(f"about {sum(hours):.2f} hours, of which {done:.2f} are done: {each}", file=sys.stderr)
         plan = [(task, n) for task in tasks for n in task.counts]
         results = (row for task, n in plan for row in rows(runs, task, n, args.trials, args.seeds))
         with (args.output / "table.md").open("w", encoding="utf-8") as file:

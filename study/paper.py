@@ -58,6 +58,7 @@ FEWSHOT_SEED = 1234  # lm-eval's own
 class Task:
     """A task of lm-eval, and what of it is used for what. A text is a tuple of itself alone."""
 
+    name: str
     task: ConfigurableTask
     asked: list  # the numbers of questions, or texts
     search: list  # other ones: tuples of context and right answer, or texts
@@ -88,7 +89,7 @@ def prepare(task: ConfigurableTask, lm: RoE, rosters: int | None, limit: int | N
     highest, skip = chooses if task.OUTPUT_TYPE == "multiple_choice" else writes
     lm.add_rosters(n, highest, min(skip, (len(lm.tau) - 1) // 2))  # small models have fewer layers
     counts = [2**i for i in range(1, 10) if 2**i < n] if texts else []
-    return Task(task, asked, search, [*counts, n], lm.tau)
+    return Task(task.task_name, task, asked, search, [*counts, n], lm.tau)
 
 
 def context_and_answer(task: ConfigurableTask, question: dict) -> tuple[str, ...]:
@@ -143,7 +144,7 @@ class Runs:
     def run(self, task: Task, part: str, rosters=1, tau: float | list[float] = 0.0, seed=0, count=None) -> dict:
         """The line of a run of what is `asked`, or of `search`; of the first `count` of it."""
         questions = getattr(task, part)[:count]
-        what = {"task": task.task.task_name, "part": part, "questions": len(questions)}
+        what = {"task": task.name, "part": part, "questions": len(questions)}
         what |= {"rosters": rosters, "seed": seed, "tau": tau} | self.model
         for line in self.lines:
             if what.items() <= line.items():
@@ -199,6 +200,10 @@ def ratio(values: list[float], weights: list[int]) -> tuple[float, float]:
     return mean.item(), error.item()
 
 
+def percent(mean: float, error: float, sign: str = "") -> str:
+    return f"{100 * mean:{sign}.2f} ± {100 * error:.2f}"
+
+
 def rows(runs: Runs, task: Task, rosters: int, trials: int, seeds: int) -> Iterator[list]:
     """A row for each measure of a task. Errors are over questions; that of a difference is of every question's own."""
     clean = runs.run(task, "asked")["values"]
@@ -213,11 +218,11 @@ def rows(runs: Runs, task: Task, rosters: int, trials: int, seeds: int) -> Itera
         if texts:  # from log-likelihoods of a token to perplexities
             worth, paper = (a / b) ** (1 / KAPLAN) - 1, PAPER.get((runs.lm.config.model_type, rosters), "")
             a, b, c = math.exp(-a), math.exp(-b), math.expm1(-c)
-            cells = f"{a:.3f} ± {a * da:.3f}", rosters, f"{b:.3f} ± {b * db:.3f}", f"{c:+.2%} ± {dc:.2%}"
-            yield [task.task.task_name, "perplexity", len(before), *cells, f"{worth:+.1%}", paper]
+            cells = f"{a:.3f} ± {a * da:.3f}", rosters, f"{b:.3f} ± {b * db:.3f}", percent(c, dc, "+") + " %"
+            yield [task.name, "perplexity", len(before), *cells, f"{100 * worth:+.1f} %", paper]
         else:
-            cells = f"{a:.2%} ± {da:.2%}", rosters, f"{b:.2%} ± {db:.2%}", f"{100 * c:+.2f} ± {100 * dc:.2f}"
-            yield [task.task.task_name, measure, len(before), *cells, "", ""]
+            cells = percent(a, da) + " %", rosters, percent(b, db) + " %", percent(c, dc, "+") + " points"
+            yield [task.name, measure, len(before), *cells, "", ""]
 
 
 # ---- The command line ------------------------------------------------------------------------------------------------
@@ -266,7 +271,7 @@ def main() -> None:
         runs = Runs(args.output / "runs.jsonl", lm, {"model": args.model, "model_args": args.model_args})
         tasks = [prepare(task, lm, args.rosters, args.limit) for task in tasks]
         hours = [runs.hours(task, args.trials, args.seeds) for task in tasks]
-        each = ", ".join(f"{task.task.task_name} {its_hours:.2f}" for task, its_hours in zip(tasks, hours))
+        each = ", ".join(f"{task.name} {its_hours:.2f}" for task, its_hours in zip(tasks, hours))
         done = sum(line["seconds"] for line in runs.lines if runs.model.items() <= line.items()) / 3600
         print(f"about {sum(hours):.2f} hours, of which {done:.2f} are done: {each}", file=sys.stderr)
         plan = [(task, n) for task in tasks for n in task.counts]

@@ -140,9 +140,9 @@ def test_the_table(cli, tasks, tmp_path):
             several = [(a + b) / 2 for a, b in zip(*(line["values"][measure] for line in seeds))]
             change = [b - a for a, b in zip(one, several)]
             error = lambda x: statistics.stdev(x) / math.sqrt(16)
-            shown = lambda x: f"{statistics.mean(x):.2%} ± {error(x):.2%}"
+            shown = lambda x: f"{100 * statistics.mean(x):.2f} ± {100 * error(x):.2f} %"
             assert (clean, noisy) == (shown(one), shown(several)) and 0 < statistics.mean(one) < 1
-            assert difference == f"{100 * statistics.mean(change):+.2f} ± {100 * error(change):.2f}"
+            assert difference == f"{100 * statistics.mean(change):+.2f} ± {100 * error(change):.2f} points"
         else:
             model, tokenizer = load(EMBEDDED, "cpu")
             questions = [json.loads(line)["question"] for line in (tasks / "reading-asked.jsonl").open()][:16]
@@ -156,8 +156,8 @@ def test_the_table(cli, tasks, tmp_path):
             one, several = -total(before) / tokens, -statistics.mean(map(total, seeds)) / tokens
             assert float(clean.split()[0]) == pytest.approx(math.exp(one), abs=1e-3)
             assert float(noisy.split()[0]) == pytest.approx(math.exp(several), abs=1e-3)
-            assert difference.split()[0] == f"{math.exp(several - one) - 1:+.2%}"
-            assert worth == f"{(one / several) ** (1 / 0.076) - 1:+.1%}"
+            assert difference.split()[0] == f"{100 * (math.exp(several - one) - 1):+.2f}"
+            assert worth == f"{100 * ((one / several) ** (1 / 0.076) - 1):+.1f} %"
 
 
 def test_clean_runs_equal_the_hf_model(cli, mixtral, monkeypatch, tasks, tmp_path):  # noqa: F811

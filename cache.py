@@ -5,7 +5,7 @@ Both caches hand a layer's attention these two, and differ only in what they kee
 
                   shared by all rosters                 each roster's own
     shared        the clean history (row 0's)           the current token; row 0's becomes history
-    branching     the prompt but its last token         its continuation so far, kept
+    branching     the prompt but its last token         its continuation so far, kept (after the first noisy layer)
 
 `length` is the number of positions stored so far. New ones are written from there on, and the last layer advances it.
 Lower it to forget what lies beyond (with the branching cache not below `prompt_len`). All memory is allocated when the
@@ -53,7 +53,8 @@ class SharedCache:
         own_k, own_v = k.unsqueeze(3), v.unsqueeze(3)
         if len(k) == 1:
             return self.k[layer, :, :, :end], self.v[layer, :, :, :end], own_k[:, :, :, :0], own_v[:, :, :, :0]
-        # The last query sees the shared positions up to end - 2. Its own one, end - 1, each row has for itself.
+        # The last query sees the shared positions up to end - 2. Its own one, end - 1, each row has for itself: see the
+        # table in `model.attend`.
         return self.k[layer, :, :, : end - 1], self.v[layer, :, :, : end - 1], own_k, own_v
 
 
@@ -66,8 +67,8 @@ class BranchingCache:
     Args:
         config, max_len: the model's `Config`, and the most positions to be stored.
         rosters: n, the rows to be kept in the layers after the first noisy one.
-        prompt_len: positions at the start that are shared by all rosters: len(prompt) - 1, since the last token of the
-            prompt is the first that rosters predict from.
+        prompt_len: positions at the start that are shared by all rosters. It is the length of the prompt but for its
+            last token, which is the first that rosters predict from.
         first_noisy: index of the first layer with tau > 0; None: there is none.
     """
 

@@ -136,7 +136,7 @@ def read_config(folder: Path) -> Config:
         values = {}
         for field in fields(Config):
             value = raw.get(field.name, field.default)
-            if field.type in BOUNDS and value is not field.default:  # an absent size (MISSING) `Config` names
+            if field.type in BOUNDS and value is not field.default:  # without a size, `Config` raises and names it
                 low, high = BOUNDS[field.type]
                 kind = float if isinstance(low, float) and type(value) is int else type(value)  # 8 is a float, too
                 if kind is not type(low) or not low <= value <= high:

@@ -2,7 +2,8 @@
 
 Without a cache rows are independent sequences; with one they are n rosters of the same tokens. Nothing here knows of
 noise: a function `route` decides which experts run, and if it returns more rows than it was given, the path branches
-there. The names of parameters are those of the tensors in OLMoE's checkpoints.
+there. The names of parameters are those of the tensors in OLMoE's checkpoints. Where the folder fast/ is there, `load`
+puts faster modules in the place of some of these; they compute the same but for rounding, and `fast=False` runs these.
 
 Shapes: n rows, T positions, d hidden_size, E experts, k experts per token, H query heads, Hk key-value heads of size D,
 S positions shared by all rows, C positions of a row's own.

@@ -80,7 +80,7 @@ def temperatures(config: Config, tau: float | Sequence[float] | None = None, ski
     Args:
         tau: one value per layer, or a number for all but the first and last layers. None: the model's own values
             (`config.tau`), or 0.2 if it has none.
-        skip: layers at each end that get 0 where tau is a number (the paper's L): all, if there are only 2 * skip.
+        skip: layers at each end that get 0 where tau is a number; in the paper this is called L.
 
     Raises ValueError: a value that is not from 0 to 100, or not one per layer.
     """
@@ -105,7 +105,8 @@ def run_rosters(model: OLMoE, tokens: Tensor, cache, rosters: int, tau: list[flo
     """n predictions at each of T tokens in one forward pass: ids [1, T] -> logits [n, T, V].
 
     All rosters are the same until the first layer with noise, and one row runs for them; its router returns n rows.
-    `position` is that of the first of the tokens in its text. For the other arguments see `predict`.
+    `position` is that of the first token in its text, for the noise. It is not `cache.length` where `score` reads a
+    long text in pieces. T > 1 needs a `SharedCache`, see `score`. For the other arguments see `predict`.
     """
     c = model.config
     route = None  # plain routing, which is all that one roster needs
@@ -117,7 +118,7 @@ def run_rosters(model: OLMoE, tokens: Tensor, cache, rosters: int, tau: list[flo
         noise = noise.to(model.device)
 
         def route(layer: int, logits: Tensor) -> tuple[Tensor, Tensor]:
-            if tau[layer] == 0:  # and one row stays one
+            if tau[layer] == 0:  # no branching here: as many rows come out as went in
                 return top_k(logits, c.num_experts_per_tok, c.norm_topk_prob)
             return stochastic_route(logits, noise[:, :, layer], c.num_experts_per_tok, weights, c.norm_topk_prob)
 
@@ -131,18 +132,18 @@ def predict(model: OLMoE, tokens, cache, rosters: int, tau, seed: int, weights: 
     Args:
         tokens: T >= 1 ids that follow those in the cache. Only the last one is stochastic.
         cache: a `SharedCache` (the Clean Cache) or a `BranchingCache`; extended by the T tokens.
-        tau, weights: see `temperatures` and `stochastic_route`.
+        tau, weights: see `temperatures` and `stochastic_route`, which takes the weights by name.
         seed: of the noise, see `gumbel`.
 
     Runs in inference mode; a later `model(..., cache)` on the same cache must do so, too.
 
-    Raises ValueError: rosters below 1, unknown weights; more tokens than the context or the cache has room for (it may
-    hold some of them then).
+    Raises ValueError: rosters below 1, unknown weights; more tokens than the context or the cache has room for (the
+    cache may already hold some of them then).
     """
     check_rosters(rosters, weights)
     tokens, tau = as_ids(tokens, model.device)[None], temperatures(model.config, tau)
     if tokens.shape[1] > 1:
-        model.hidden(tokens[:, :-1], cache)
+        model.hidden(tokens[:, :-1], cache)  # one clean row, only to fill the cache
     position = cache.length  # of the last token, since all before it are in the cache now
     return run_rosters(model, tokens[:, -1:], cache, rosters, tau, seed, position, weights)[:, 0]
 
@@ -174,9 +175,9 @@ def generate(
     """Generates text with n rosters for every token, and yields each token's id as soon as it is known.
 
     Ends before an end-of-text token, after `max_new_tokens`, or when the model's context is full. With the Clean Cache
-    two calls, the second with all text so far and the same seed, write what one would have. `watch` is called as
-    watch(logits [n, 1, V], log_probs [1, V], tokens [1], cache) for every token, before it is yielded; log_probs is the
-    average that it was chosen from.
+    a second call, with the prompt, the text so far and the same seed, goes on as one longer call would. `watch` is
+    called as watch(logits [n, 1, V], log_probs [1, V], tokens [1], cache) for every token, before it is yielded;
+    log_probs is the average that it was chosen from.
 
     Raises ValueError, with the first token: an empty prompt, one longer than the context, an unknown name, a number out
     of its range, predictions that are not finite.
@@ -188,7 +189,8 @@ def generate(
     max_len = min(config.max_position_embeddings, len(tokens) + max_new_tokens - 1)  # the last new one is not read
     if branching:
         first_noisy = next((layer for layer, value in enumerate(tau) if value > 0), None)
-        cache = BranchingCache(config, max_len, rosters, len(tokens) - 1, first_noisy)
+        shared = len(tokens) - 1  # the last token of the prompt is the first that rosters predict from
+        cache = BranchingCache(config, max_len, rosters, shared, first_noisy)
     else:
         cache = SharedCache(config, max_len)
     for position in range(len(tokens) - 1, max_len):  # of the newest token that is read
@@ -212,7 +214,8 @@ def choose(log_probs: Tensor, temperature: float, top_p: float, seed: int, posit
         if top_p < 1:  # a sample from the smallest set of most likely tokens that has this probability
             probs, ids = log_probs.softmax(-1).sort(descending=True)
             before = probs.cumsum(-1) - probs  # the probability of all that are likelier
-            log_probs[ids[1:][before[1:] >= top_p]] = -math.inf  # the likeliest stays, however small top_p is
+            before[0] = -1  # the likeliest stays, however small top_p is
+            log_probs[ids[before >= top_p]] = -math.inf
         # It is drawn as experts are, by adding Gumbel noise: that of a position below 0, which no token has.
         log_probs += gumbel(seed, -1 - position, len(log_probs)).to(log_probs.device)
     return log_probs.argmax().item()
@@ -236,8 +239,8 @@ def score(
     its own at t. `watch` is called as watch(logits [n, t, V], log_probs [t, V], tokens [t], cache) for every t tokens.
 
     Returns:
-        log-probabilities [n, T - 1] in float32; row m - 1 is what `generate` with m rosters, the Clean Cache and
-        temperature 0 gives to tokens[1:], but for rounding.
+        log-probabilities [n, T - 1] of tokens[1:] in float32; row m - 1 is, but for rounding, what `generate` with m
+        rosters and the Clean Cache would choose from, token by token.
 
     Raises ValueError: fewer than two tokens, a cache and a text longer than the context, an unknown name, a number out
     of its range, predictions that are not finite.
@@ -247,9 +250,10 @@ def score(
     tokens = as_ids(tokens, model.device, least=2)
     counts = torch.arange(1, rosters + 1, dtype=torch.float32, device=model.device)[:, None]
     chunk = max(1, 512 // int(rosters))  # bounds the rows times positions, and with them the memory
-    position = cache.length if cache else 0  # in the whole text, for the noise; the model's begin anew in each piece
+    position = cache.length if cache else 0  # in the whole text, for the noise; `history` counts within a piece
+    most = config.max_position_embeddings
     scores = []
-    for piece, targets in zip(*(ids.split(config.max_position_embeddings) for ids in (tokens[:-1], tokens[1:]))):
+    for piece, targets in zip(tokens[:-1].split(most), tokens[1:].split(most)):
         history = SharedCache(config, len(piece)) if cache is None else cache
         for part, target in zip(piece.split(chunk), targets.split(chunk)):
             logits = run_rosters(model, part[None], history, rosters, tau, seed, position, weights)
@@ -280,7 +284,7 @@ def as_ids(tokens, device: torch.device, least: int = 1, most: int | None = None
     return ids.long()
 
 
-# ---- The command line -----------------------------------------------------------------------------------------------
+# ---- The command line: from here on there is nothing more of the method ---------------------------------------------
 
 
 def number(kind: type, low: float, high: float = 10**9) -> Callable[[str], float]:
@@ -342,7 +346,7 @@ def fail(message: object) -> None:
 
 
 def shade(text: str, seen: list[tuple]) -> str:
-    """Text on a background from none, where all rosters agree, over yellow to red; underlined where overruled."""
+    """Text on a background: the fewer rosters agree, the redder, from none over yellow; underlined where overruled."""
     agreement = min((agreement for agreement, *_ in seen), default=1)
     if agreement == 1 or not text:
         return text
@@ -364,7 +368,7 @@ def print_generation(args: argparse.Namespace, model: OLMoE, tokenizer: Tokenize
     names = ("max_new_tokens", "temperature", "top_p", "seed", "weights")
     options = {name: getattr(args, name) for name in names} | {"branching": args.cache == "branching"}
     try:
-        for token in generate(model, tokens, *args.rosters, tau, watch=watch, **options):
+        for token in generate(model, tokens, args.rosters[0], tau, watch=watch, **options):
             ids.append(token)
             piece = tokenizer.decode(ids)[len(text) :]
             if not piece.endswith("\ufffd"):  # as within a character of several tokens

@@ -1,5 +1,6 @@
 """What all measurements here and in study/ share: where they ran, results as lines of JSON, tables in Markdown."""
 
+import ast
 import functools
 import hashlib
 import json
@@ -17,12 +18,22 @@ EMBEDDED = ROOT / "tiny"
 sys.path.insert(0, str(ROOT))  # for whoever imports this file
 
 
+def what_runs(source: str) -> str:
+    """Python source without what changes nothing: comments, docstrings, layout."""
+    tree = ast.parse(source)
+    documented = ast.Module, ast.ClassDef, ast.FunctionDef
+    for node in ast.walk(tree):
+        if isinstance(node, documented) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return ast.unparse(tree)
+
+
 @functools.cache
 def code() -> str:
-    """Which version of the code runs: a hash of the four files at the top and of fast/."""
+    """Which version of the code runs: a hash of what runs in the four files at the top and in fast/."""
     digest = hashlib.sha256()
     for name in ("roe.py", "model.py", "cache.py", "load.py", "fast/__init__.py", "fast/cpu.py", "fast/gpu.py"):
-        digest.update((ROOT / name).read_bytes())
+        digest.update(what_runs((ROOT / name).read_text(encoding="utf-8")).encode())
     return digest.hexdigest()[:8]
 
 

@@ -10,7 +10,7 @@ import pytest
 import remake
 import sizes
 import torch
-from report import filled, results
+from report import filled, results, what_runs
 
 import roe
 from load import load
@@ -246,6 +246,27 @@ def test_one_study(tmp_path, monkeypatch, loaded):
     file.write_text("".join(json.dumps(line | {"code": "another"}) + "\n" for line in results(file)))
     remake.main()
     assert measured == [0, 1, 2, 2, 0, 1, 2] and len(results(file)) == 3
+
+
+def test_what_runs():
+    """The version of the code changes with what it does, and with nothing else."""
+    source = '''"""A file."""
+
+class Name:
+    """A class."""
+
+    def function(x):
+        """Adds."""
+        # a comment
+        return x + 1  # another
+
+def only():
+    """Nothing else."""
+'''
+    plain = 'class Name:\n    def function(x): return (x+1)\ndef only(): "Other words."'
+    assert what_runs(source) == what_runs(plain) and "A" not in what_runs(source)
+    assert what_runs(source) != what_runs(source.replace("+ 1", "+ 2"))
+    assert what_runs("x = 'text'") == "x = 'text'"
 
 
 def test_margin_study(monkeypatch):

@@ -56,25 +56,27 @@ def results(path: Path) -> list[dict]:
 def measure(path: Path, cells: Iterable[tuple[dict, Callable[[], dict]]]) -> None:
     """Measures what is not in a file of results yet, cell by cell, and appends a line for each as it is done.
 
-    So a run that was cut goes on where it was. Lines that another version of the code has measured are dropped first;
-    how long they took says how long all of it will take.
+    So a run that was cut goes on where it was. Lines that another version of the code or another machine has measured
+    are dropped first; how long they took says how long all of it will take.
 
     Args:
         cells: what is measured, as a dict that JSON can write, and a function that measures it.
     """
-    lines = results(path)
-    current = [line for line in lines if line["code"] == code()]
+    lines, machine = results(path), where()["machine"]
+    current = [line for line in lines if (line["code"], line["machine"]) == (code(), machine)]
     cells = [(json.loads(json.dumps(what)), run) for what, run in cells]
     find = lambda what, lines: [line for line in lines if what.items() <= line.items()]
     known = [line["seconds"] for what, _ in cells for line in find(what, lines)[-1:]]
-    usual = sum(known) / len(known) if known else None
+    usual = sum(known) / len(known) if known else 1
     open_cells = [(what, run) for what, run in cells if not find(what, current)]
+    expected = [([line["seconds"] for line in find(what, lines)] or [usual])[-1] for what, _ in open_cells]
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in current))
     took = []
     for i, (what, run) in enumerate(open_cells):
-        usual = sum(took) / len(took) if took else usual
-        left = f"about {usual * (len(open_cells) - i) / 60:.0f} minutes left" if usual else "time unknown yet"
+        pace = (sum(took) + 1) / (sum(expected[:i]) + 1)  # against the lines before; a second more, since they say 0.0
+        minutes = pace * sum(expected[i:]) / 60
+        left = f"about {minutes:.0f} minutes left" if known or took else "time unknown yet"
         print(f"{path.stem}, {i + 1} of {len(open_cells)}, {left}: {json.dumps(what)[:150]}", flush=True)
         start = time.perf_counter()
         found = run()

@@ -223,8 +223,8 @@ def test_figures(tmp_path, monkeypatch):
     assert {path.stem for path in (effect.ROOT / "study" / "figures").iterdir()} == set(remake.named("draw_"))
 
 
-def test_one_study(tmp_path, monkeypatch, loaded):
-    """The command measures what is missing, and only that; a new version of the code measures all of it anew."""
+def test_one_study(tmp_path, monkeypatch, capsys):
+    """The command measures what is missing, and only that; all of it for a new version of the code, or a machine."""
     measured = []
 
     def study():
@@ -243,9 +243,14 @@ def test_one_study(tmp_path, monkeypatch, loaded):
     file.write_text("\n".join(lines[:2]) + "\n")
     remake.main()
     assert measured == [0, 1, 2, 2] and [line["square"] for line in results(file)] == [0, 1, 4]
-    file.write_text("".join(json.dumps(line | {"code": "another"}) + "\n" for line in results(file)))
-    remake.main()
-    assert measured == [0, 1, 2, 2, 0, 1, 2] and len(results(file)) == 3
+    found = results(file)
+    for other in ({"code": "another"}, {"machine": "another"}):
+        measured.clear()
+        old = [line | other | {"seconds": 120 + 60 * i} for i, line in enumerate(found)]
+        file.write_text("".join(json.dumps(line) + "\n" for line in old))
+        remake.main()
+        assert measured == [0, 1, 2] and len(results(file)) == 3
+        assert "squares, 1 of 3, about 9 minutes left" in capsys.readouterr().out
 
 
 def test_what_runs():

@@ -3,14 +3,13 @@
 Tolerances are those of test_roe.py.
 """
 
-import itertools
 import math
 
 import margin
 import margin_study as study
 import pytest
 import torch
-from effect import VALIDATION
+from effect import ROSTERS, VALIDATION
 
 import roe
 from cache import SharedCache
@@ -95,34 +94,38 @@ def test_kept_is_what_the_example_keeps(loaded):
     model, text = loaded
     halves = text[:41], text[40:]
     watched = [study.Tokens() for _ in halves]
-    gains, unsure = dict.fromkeys(study.COUNTS, 0.0), dict.fromkeys(study.COUNTS, 0)
+    gains, whole, unsure = (dict.fromkeys(study.COUNTS, 0) for _ in range(3))
     for half, watch in zip(halves, watched):
-        roe.score(model, half, study.ROSTERS, watch=watch)
+        roe.score(model, half, ROSTERS, watch=watch)
         for n in study.COUNTS:
             cache = SharedCache(model.config, 40)
+            scores = roe.score(model, half, n)
+            whole[n] += (scores[n - 1] - scores[0]).sum().item()
             for token, target in zip(half, half[1:]):
                 logits = margin.predict(model, [token], cache, n, M, None, 0)
                 gains[n] += (roe.aggregate(logits) - logits[0].log_softmax(-1))[target].item()
                 unsure[n] += len(logits) > 1
-    found = {(line["rosters"], line["margin"]): line for line in study.kept(watched)}
-    for n in study.COUNTS:
-        assert found[n, M]["gain"] * 80 == pytest.approx(gains[n], abs=1e-4)  # sums of 80 float32 scores
-        assert found[n, M]["share"] * 80 == pytest.approx(unsure[n]) and 0 < unsure[n] < 80
-        assert found[n, M]["gain_kept"] == pytest.approx(found[n, M]["gain"] / found[n, 1]["gain"])
-        assert found[n, 1]["share"] == found[n, 1]["gain_kept"] == found[n, 1]["overruled_kept"] == 1
+    for i, n in enumerate(study.COUNTS):
+        found = study.kept(watched, i, M)
+        assert found["share"] * 80 == pytest.approx(unsure[n]) and 0 < unsure[n] < 80
+        assert found["gain"] * whole[n] == pytest.approx(gains[n], abs=1e-4)  # sums of 80 float32 scores
+        everything = study.kept(watched, i, 1)
+        assert everything["share"] == everything["gain"] == everything["kept"] == 1
 
 
 def test_overruled():
     """Two tokens of which all but the clean roster want another, at margins of 0.3 and 0.03, and a certain one."""
-    probs = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.47, 0.03], [1.0, 0.0, 0.0]]).repeat(study.ROSTERS, 1, 1)
+    probs = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.47, 0.03], [1.0, 0.0, 0.0]]).repeat(ROSTERS, 1, 1)
     probs[1:, :2] = torch.tensor([0.05, 0.9, 0.05])
     watch = study.Tokens()
     watch(probs.log().clamp(min=-200), None, torch.tensor([1, 0, 0]), None)
-    found = {(line["rosters"], line["margin"]): line for line in study.kept([watch, watch])}
-    assert [found[8, m]["overruled_kept"] for m in study.MARGINS] == [0, 0.5, 0.5, 0.5, 1, 1]
-    assert [3 * found[8, m]["share"] for m in study.MARGINS] == pytest.approx([0, 1, 1, 1, 2, 3])
-    assert found[8, M]["overruled"] == 4 and found[8, M]["tokens"] == 6
-    assert found[4, M]["gain"] == pytest.approx(math.log((0.5 + 3 * 0.05) / 4 / 0.5) / 3)
+    found = {m: study.kept([watch, watch], study.COUNTS.index(8), m) for m in study.MARGINS}
+    assert [line["kept"] for line in found.values()] == [0, 0.5, 0.5, 0.5, 1, 1]
+    assert [3 * line["share"] for line in found.values()] == pytest.approx([0, 1, 1, 1, 2, 3])
+    assert {(line["tokens"], line["overruled"]) for line in found.values()} == {(6, 4)}
+    gains = [math.log((0.3 + 3 * 0.9) / 4 / 0.3), math.log((0.5 + 3 * 0.05) / 4 / 0.5), 0]
+    four = study.kept([watch, watch], study.COUNTS.index(4), M)
+    assert four["gain"] == pytest.approx(gains[1] / sum(gains)) and four["gain_error"] < 1e-6  # two equal texts
 
 
 def test_decode_replays_what_the_example_does(loaded, predicted):
@@ -139,14 +142,34 @@ def test_decode_replays_what_the_example_does(loaded, predicted):
     assert study.decode(model, prompt[-1:], cache, 4, 1.0, tau)[1] == 1
 
 
-def test_relative():
-    """Times are compared within a repeat, so a slow one does not count."""
-    seconds = {"one": [0.001, 0.1, 0.001], "other": [0.003, 0.3, 0.002]}
-    found = dict(study.relative(seconds, "one"))
-    assert found["other"] == {"ms": pytest.approx(3), "ratio": pytest.approx(3), "ratios": [3, 3, 2]}
+def test_times_are_compared_within_a_text(loaded, monkeypatch):
+    """A slow text does not count: each setting is compared with one roster on the same text."""
+    model, text = loaded
+    pace = iter([1, 100, 1])
+    seconds = lambda n, m: 1 if n == 1 else n * m
+
+    def decode(model, tokens, cache, n, m, tau):
+        assert tokens == text[study.PROMPT - 1 : -1] and cache.length == study.PROMPT - 1
+        if (n, m) == (study.COUNTS[0], study.MARGINS[0]):
+            decode.pace = next(pace)
+        return decode.pace * seconds(n, m), 0
+
+    monkeypatch.setattr(study, "decode", decode)
+    expected = {(n, m): pytest.approx(n * m) for n in study.COUNTS for m in study.MARGINS}
+    assert study.times(model, [text], repeats=3) == expected
 
 
-@pytest.mark.parametrize("tenths", study.SHARES)
-def test_spread(tenths):
-    pattern = list(itertools.islice(study.spread(tenths), 40))
-    assert all(sum(pattern[start : start + 10]) == tenths for start in range(31))
+def test_cells(loaded, monkeypatch):
+    """Held-out text is measured as it is, greedy text as the model writes it with 32 rosters after its beginning."""
+    timed = []
+    ratios = {(n, m): 1.0 for n in study.COUNTS for m in study.MARGINS}
+    monkeypatch.setattr(study, "times", lambda model, texts, repeats: timed.extend(texts) or ratios)
+    monkeypatch.setattr(study, "read", lambda name, tokenizer, count: (name, [loaded[1][:45], loaded[1][20:65]]))
+    for (what, run), tokens in zip(study.margins(new=6), (2 * 44, 2 * 6)):
+        found = run()["found"]
+        assert {(line["rosters"], line["margin"]) for line in found} == ratios.keys()
+        assert {line["tokens"] for line in found} == {tokens} and what["text"] in ("held-out", "greedy")
+    greedy = [
+        list(roe.generate(loaded[0], text[:32], ROSTERS, max_new_tokens=6, seed=i)) for i, text in enumerate(timed)
+    ]
+    assert timed[2:] == [timed[i][:32] + greedy[i] for i in range(2)]

@@ -1,5 +1,6 @@
 """Tests of the studies: that texts, controls and fits are what they say."""
 
+import importlib.util
 import json
 import math
 
@@ -7,7 +8,6 @@ import controls
 import effect
 import margin_study
 import pytest
-import remake
 import sizes
 import torch
 from report import filled, results, what_runs
@@ -17,6 +17,11 @@ from load import load
 from model import OLMoE, top_k
 
 torch.set_num_threads(1)
+spec = importlib.util.spec_from_file_location(
+    "study_remake", effect.ROOT / "study" / "remake.py"
+)  # bench/ has one, too
+remake = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(remake)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Measures speed and memory: of this project, of Hugging Face transformers, of llama.cpp, of RoE as first written.
+"""Measures speed and memory: of this project, of Hugging Face transformers, of llama.cpp, of naive RoE.
 
     python bench/bench.py                              4 layers of OLMoE-1B-7B's shapes and its head, random weights
     python bench/bench.py --layers 16 --systems roe    all 16 of them (13.8 GB)
@@ -14,7 +14,7 @@ one repeat each, and medians over the repeats are reported, so that a machine th
 transformers runs each of its experts implementations, and the faster one counts. Above one roster it runs
 bench/naive.py on a batch of n, with a history for each.
 
-Prints a table and appends one JSON object per result to bench/results/bench.jsonl.
+Prints the tables of bench/README.md, which bench/remake.py keeps.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 from captured import capture
 from naive import add_roe, average
-from report import EMBEDDED, ROOT, where
+from report import EMBEDDED, markdown, where
 from safetensors.torch import save_file
 from torch import nn
 
@@ -59,10 +59,10 @@ OLMOE = {  # allenai/OLMoE-1B-7B
 TAU = 0.3
 
 
-def write(folder: Path, layers: int) -> None:
-    """A checkpoint of OLMoE-1B-7B's shapes in three files, as it has; random weights of deviation 0.02, norms of 1."""
+def write(folder: Path, layers: int, shapes: dict = OLMOE) -> None:
+    """A checkpoint in three files, as OLMoE-1B-7B has them; random weights of deviation 0.02, norms of 1."""
     with torch.device("meta"):
-        model = OLMoE(Config(num_hidden_layers=layers, **OLMOE))
+        model = OLMoE(Config(num_hidden_layers=layers, **shapes))
     block = torch.randn(2**22 + 1).mul_(0.02).bfloat16()  # over and over, which is quick
     files = defaultdict(dict)  # {file: {name: shape}}
     for name, p in model.named_parameters():
@@ -125,8 +125,8 @@ class RoE:
     def cache(self, history: int, room: int) -> SharedCache:
         return filled_cache(self.model, history, room)
 
-    def decode(self, n: int, history: int, captured: bool = False) -> list[float]:
-        cache = self.cache(history, 2 * self.steps + 3)  # 3 more to warm up a capture
+    def decode(self, n: int, length: int, captured: bool = False) -> list[float]:
+        cache = self.cache(length, 2 * self.steps + 3)  # 3 more to warm up a capture
         step = capture(self.model, cache, n, self.tau) if captured else lambda token: self.step([token], cache, n)
         return timed(step, self.steps)
 
@@ -138,15 +138,15 @@ class RoE:
         self.step(tokens, cache, n)
         return [time.perf_counter() - start]
 
-    def cache_bytes(self, n: int, history: int) -> int:
-        return self.cache(history, 0).nbytes
+    def cache_bytes(self, n: int, length: int) -> int:
+        return self.cache(length, 0).nbytes
 
-    def floor_bytes(self, n: int, history: int) -> float:
+    def floor_bytes(self, n: int, length: int) -> float:
         """Bytes that a decoding step reads, on average."""
         touched = []  # experts
         experts = [layer.mlp.experts for layer in self.model.model.layers]
         hooks = [e.register_forward_pre_hook(lambda _, args: touched.append(args[2].unique().numel())) for e in experts]
-        self.decode(n, history)
+        self.decode(n, length)
         for hook in hooks:
             hook.remove()
         config = self.model.config
@@ -155,7 +155,7 @@ class RoE:
             plain = OLMoE(config)
         others = [p for name, p in plain.named_parameters() if ".experts." not in name and "embed" not in name]
         count += sum(p.numel() for p in others)
-        return count * self.model.dtype.itemsize + self.cache_bytes(n, history)
+        return count * self.model.dtype.itemsize + self.cache_bytes(n, length)
 
     @functools.cached_property
     def numbers(self) -> torch.Tensor:
@@ -202,9 +202,9 @@ class Transformers:
             cache.update(*torch.full((2, *shape), 0.01, dtype=self.model.dtype, device=self.model.device), layer)
         return cache
 
-    def decode(self, n: int, history: int, implementation: str) -> list[float]:
+    def decode(self, n: int, length: int, implementation: str) -> list[float]:
         self.use(n, implementation)
-        cache = self.cache(n, history)
+        cache = self.cache(n, length)
         self.generator.manual_seed(0)
         return timed(lambda token: self.step([token], cache, n), self.steps)
 
@@ -216,8 +216,8 @@ class Transformers:
         self.step(tokens, self.cache(n, 0), n)
         return [time.perf_counter() - start]
 
-    def cache_bytes(self, n: int, history: int) -> int:
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache(n, history).layers)
+    def cache_bytes(self, n: int, length: int) -> int:
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache(n, length).layers)
 
 
 class LlamaCpp:
@@ -242,8 +242,8 @@ class LlamaCpp:
         request = {"prompt": tokens, "max_tokens": new, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
         return self.server.handle_completions(request)["timings"]
 
-    def decode(self, n: int, history: int) -> list[float]:
-        return [self.complete(history, self.steps)["predicted_per_token_ms"] / 1000]
+    def decode(self, n: int, length: int) -> list[float]:
+        return [self.complete(length, self.steps)["predicted_per_token_ms"] / 1000]
 
     def prompt(self, n: int, length: int) -> list[float]:
         return [self.complete(length, 1)["prompt_ms"] / 1000]
@@ -295,20 +295,16 @@ VARIANTS = {
     "roe": [{"captured": False}] + [{"captured": True}] * torch.cuda.is_available(),
     "transformers": [{"implementation": "grouped_mm"}, {"implementation": "eager"}],
 }
-
-
-def command(args: argparse.Namespace) -> list[str]:
-    """This program, for a process of its own."""
-    start = [sys.executable, __file__, "--layers", str(args.layers), "--device", args.device, "--dtype", args.dtype]
-    return start + (["--model", args.model] if args.model else [])
+LABELS = {"roe": "this project", "transformers": "transformers; naive RoE from 2 on", "llama.cpp": "llama.cpp"}
 
 
 class Child:
     """A system in a process of its own; `ask` calls one of its methods."""
 
-    def __init__(self, command: list[str]):
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        if not self.process.stdout.readline():  # else it is ready
+    def __init__(self, command: list[str], **options):
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
+        self.ready = self.process.stdout.readline().strip()
+        if not self.ready:
             sys.exit(f"{' '.join(command)} ended; above it says why")
 
     def ask(self, method: str, **arguments):
@@ -318,6 +314,15 @@ class Child:
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait()
+
+
+def turns(steps: dict[Hashable, Callable[[], list[float]]], repeats: int) -> dict[Hashable, float]:
+    """Medians of the seconds that each returns; all take turns, so that a machine that slows down slows down all."""
+    seconds = defaultdict(list)
+    for _ in range(repeats):
+        for key, step in steps.items():
+            seconds[key] += step()
+    return {key: statistics.median(values) for key, values in seconds.items()}
 
 
 def serve(args: argparse.Namespace) -> None:
@@ -334,25 +339,6 @@ def serve(args: argparse.Namespace) -> None:
         else:
             answer = getattr(system, method)(**arguments)
         print(json.dumps(answer), flush=True)
-
-
-def print_table(results: list[dict]) -> None:
-    """A line for every task, with ratios; a dash for what was not measured."""
-    tasks = defaultdict(dict)
-    for result in results:
-        value = result["bytes"] / 1e6 if result["method"] == "peak" else result["ms"]
-        task = result["method"], result.get("history", result.get("length")), result["n"]
-        tasks[task][result["system"]] = value
-        if "floor_ms" in result:
-            tasks[task]["floor"] = result["floor_ms"]
-    print("what    tokens  rosters       roe    / n=1     floor    / roe  transf.    / roe  llama.cpp  / roe")
-    for (method, length, n), values in tasks.items():
-        roe, one = values.get("roe"), tasks[method, length, 1].get("roe")
-        cells = [roe, roe and one and roe / one]
-        for name in ("floor", "transformers", "llama.cpp"):
-            cells += [values.get(name), values.get(name) and roe and values[name] / roe]
-        print(f"{method:6} {length:7} {n:8}", *("        -" if cell is None else f"{cell:9.2f}" for cell in cells))
-    print("decode: milliseconds per token; prompt: milliseconds to the first token; peak: megabytes")
 
 
 @torch.inference_mode()
@@ -412,7 +398,93 @@ def check_parts() -> None:
         print(f"{slow / fast:5.2f}  {name}{'' if slow / fast >= 1.05 else '  <- does not pay here'}", flush=True)
 
 
-def main() -> None:
+def measure(args: argparse.Namespace) -> dict:
+    """Lines for every system, method, number of rosters and number of tokens, and the versions of what was measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--device", args.device, "--dtype", args.dtype]
+        command += ["--layers", str(args.layers)]
+        if args.layers:
+            command += ["--model", folder]
+            subprocess.run([*command, "--serve", "write"], check=True)
+        children = {system: Child([*command, "--serve", system]) for system in args.systems}
+        tasks = [{"method": "decode", "n": n, "length": length} for length in args.history for n in args.rosters]
+        tasks += [{"method": "prompt", "n": 1, "length": length} for length in args.prompts]
+        steps = {}
+        for number, task in enumerate(tasks):
+            steps["bandwidth", number, 0] = lambda: [children["roe"].ask("bandwidth")]
+            for system, child in children.items():
+                if task["n"] == 1 or system != "llama.cpp":
+                    for i, keywords in enumerate(VARIANTS[system]):
+                        ask = functools.partial(child.ask, **task, **keywords)
+                        steps[system, number, i] = ask
+        medians = turns(steps, args.repeats)
+        bandwidth = statistics.median(medians["bandwidth", number, 0] for number in range(len(tasks)))
+
+        found = []
+        for system, number in dict.fromkeys((system, number) for system, number, _ in medians if system in children):
+            task = tasks[number]
+            which = {"n": task["n"], "length": task["length"]}
+            fastest = min(range(len(VARIANTS[system])), key=lambda i: medians[system, number, i])
+            line = {"system": system} | task | VARIANTS[system][fastest]
+            line["ms"] = 1000 * medians[system, number, fastest]
+            if task["method"] == "decode" and system != "llama.cpp":
+                line["cache_bytes"] = children[system].ask("cache_bytes", **which)
+            if task["method"] == "decode" and system == "roe":
+                line["floor_ms"] = 1000 * children[system].ask("floor_bytes", **which) / bandwidth
+            found.append(line)
+        for child in children.values():
+            child.close()
+
+        for system, n in itertools.product(args.systems, args.rosters):
+            if system != "llama.cpp":
+                child = Child([*command, "--serve", system])
+                task = {"n": n, "length": args.history[-1]}
+                child.ask("decode", **task, **VARIANTS[system][0])
+                found.append({"system": system, "method": "peak"} | task | {"bytes": child.ask("peak")})
+                child.close()
+    packages = {"transformers": "transformers", "llama.cpp": "xllamacpp"}
+    versions = {package: metadata.version(package) for system, package in packages.items() if system in args.systems}
+    return {"found": found} | versions
+
+
+def number(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def decode_table(found: list[dict]) -> str:
+    """Milliseconds per token; bytes of the cache and peak memory of the process after the longer history."""
+    found = {(x["method"], x["length"], x["system"], x["n"]): x for x in found}
+    counts = sorted({n for method, _, _, n in found if method == "decode"})
+    lengths = sorted({length for method, length, _, _ in found if method == "decode"})
+    rows = []
+
+    def add(label, method, length, system, value):
+        lines = [found.get((method, length, system, n)) for n in counts]
+        if any(lines):
+            rows.append([label, *("" if line is None else number(value(line)) for line in lines)])
+
+    for length in lengths:
+        after = f"after {length:,} tokens"
+        for system, label in LABELS.items():
+            add(f"{label}, {after}", "decode", length, system, lambda line: line["ms"])
+        add(f"floor, {after}", "decode", length, "roe", lambda line: line["floor_ms"])
+    for system in ("roe", "transformers"):
+        add(f"cache, MB: {LABELS[system]}", "decode", lengths[-1], system, lambda line: line["cache_bytes"] / 1e6)
+        add(f"peak memory, GB: {LABELS[system]}", "peak", lengths[-1], system, lambda line: line["bytes"] / 1e9)
+    return markdown(["rosters", *counts], rows)
+
+
+def prompts_table(found: list[dict]) -> str:
+    """Milliseconds from a prompt to the first token, one roster."""
+    found = {(x["system"], x["length"]): x["ms"] for x in found if x["method"] == "prompt"}
+    systems, lengths = (list(dict.fromkeys(values)) for values in zip(*found))
+    label = lambda system: LABELS[system].split(";")[0]
+    rows = [[label(system), *(number(found[system, length]) for length in lengths)] for system in systems]
+    return markdown(["prompt of", *(f"{length:,} tokens" for length in lengths)], rows)
+
+
+def arguments(line: list[str] | None = None) -> argparse.Namespace:
+    """Of a command line, by default this program's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--layers", type=int, default=4, help="of OLMoE-1B-7B's shapes; 0: the embedded model [4]")
@@ -423,78 +495,25 @@ def main() -> None:
     add("--repeats", type=int, default=5, help="[5]")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="bfloat16", help="[bfloat16]")
-    add("--output", type=Path, default=ROOT / "bench" / "results" / "bench.jsonl", help="appended to")
     add("--check", action="store_true", help="only compare every part of fast/cpu.py with what it replaces")
     add("--serve", choices=[*SYSTEMS, "write"], help=argparse.SUPPRESS)
     add("--model", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(line)
+    args.history = args.history or ([32, 2048] if args.layers else [32, 256])
+    args.prompts = args.prompts or ([32, 512, 2048] if args.layers else [32, 256, 480])
+    return args
+
+
+def main() -> None:
+    args = arguments()
     if args.check:
         return check_parts()
     if args.serve == "write":
         return write(Path(args.model), args.layers)
     if args.serve:
         return serve(args)
-    with tempfile.TemporaryDirectory() as folder:
-        if args.layers:
-            args.model = folder
-            subprocess.run([*command(args), "--serve", "write"], check=True)
-        measure(args)
-
-
-def measure(args: argparse.Namespace) -> None:
-    history = args.history or ([32, 2048] if args.layers else [32, 256])
-    prompts = args.prompts or ([32, 512, 2048] if args.layers else [32, 256, 480])
-
-    tasks = [{"method": "decode", "n": n, "history": length} for length in history for n in args.rosters]
-    tasks += [{"method": "prompt", "n": 1, "length": length} for length in prompts]
-
-    children = {system: Child([*command(args), "--serve", system]) for system in args.systems}
-    seconds, bandwidth = defaultdict(list), []
-    for repeat in range(args.repeats):
-        for number, task in enumerate(tasks):
-            bandwidth.append(children["roe"].ask("bandwidth"))
-            for system, child in children.items():
-                if task["n"] == 1 or system != "llama.cpp":
-                    for variant, keywords in enumerate(VARIANTS[system]):
-                        seconds[number, system, variant] += child.ask(**task, **keywords)
-        print(f"repeat {repeat + 1} of {args.repeats}", file=sys.stderr)
-    medians = {key: statistics.median(values) for key, values in seconds.items()}
-
-    results = []
-    for number, system in dict.fromkeys((number, system) for number, system, _ in medians):
-        task = tasks[number]
-        fastest = min(range(len(VARIANTS[system])), key=lambda variant: medians[number, system, variant])
-        result = {"system": system, "layers": args.layers} | task | VARIANTS[system][fastest]
-        result["ms"] = 1000 * medians[number, system, fastest]
-        if task["method"] == "decode" and system != "llama.cpp":
-            result["cache_bytes"] = children[system].ask("cache_bytes", n=task["n"], history=task["history"])
-        if task["method"] == "decode" and system == "roe":
-            floor = children[system].ask("floor_bytes", n=task["n"], history=task["history"])
-            result["floor_ms"] = 1000 * floor / statistics.median(bandwidth)
-        results.append(result)
-    for child in children.values():
-        child.close()
-
-    for system, n in itertools.product(args.systems, args.rosters):
-        if n == 1 or system != "llama.cpp":
-            child = Child([*command(args), "--serve", system])
-            child.ask("decode", n=n, history=history[-1], **VARIANTS[system][0])
-            results.append({"system": system, "layers": args.layers, "method": "peak", "n": n, "history": history[-1]})
-            results[-1]["bytes"] = child.ask("peak")
-            child.close()
-
-    print_table(results)
-    packages = {"transformers": "transformers", "llama.cpp": "xllamacpp"}
-    versions = {package: metadata.version(package) for system, package in packages.items() if system in args.systems}
-    args.output.parent.mkdir(exist_ok=True)
-    with open(args.output, "a") as file:
-        for result in results:
-            file.write(
-                json.dumps(
-                    result | {"dtype": args.dtype, "device": args.device} | where(torch.device(args.device)) | versions
-                )
-                + "\n"
-            )
+    found = measure(args)["found"]
+    print(decode_table(found), prompts_table(found), where(torch.device(args.device)), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ vLLM with several requests at once. Each system runs in a process of its own and
 `generate`, vLLM by its engine; they take turns, and the median of the times between two tokens counts.
 """
 
-import importlib.metadata
+import importlib
 import json
 import os
 import sys
@@ -126,17 +126,17 @@ def write_with_vllm(folder: str, dtype: str) -> Callable:
 
 SYSTEMS = {
     "roe.py": (write_with_roe, "torch"),
-    "transformers": (write_with_transformers, "transformers"),
-    "mlx": (write_with_mlx, "mlx"),
-    "vllm": (write_with_vllm, "vllm"),
+    "transformers": (write_with_transformers, "transformers", "torch"),
+    "mlx": (write_with_mlx, "mlx.core"),
+    "vllm": (write_with_vllm, "vllm", "torch"),
 }
 
 
 def serve(system: str, folder: str, dtype: str) -> None:
     """Answers with the seconds of each step that counts."""
-    write, package = SYSTEMS[system]
+    write, *modules = SYSTEMS[system]
     write = write(folder, dtype)
-    versions = (f"{name} {importlib.metadata.version(name)}" for name in dict.fromkeys([package, "torch"]))
+    versions = (f"{name} {importlib.import_module(name).__version__}" for name in modules)
     vocab_size = json.loads(Path(folder, "config.json").read_text())["vocab_size"]
     print(", ".join(versions), flush=True)
     for line in sys.stdin:

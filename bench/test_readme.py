@@ -1,6 +1,8 @@
-"""README's commands and Python lines run as they stand, and print what README says that they print."""
+"""Commands in READMEs are those that the programs take; README's run, and print what README says that they print."""
 
+import argparse
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -12,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines() if line.startswith("python ")]
+READMES = sorted(path for path in ROOT.glob("**/README.md") if path.parent.parent in (ROOT, ROOT.parent))
 PYTHON = [block for kind, block in BLOCKS if kind == "python"]
 
 
@@ -27,6 +30,48 @@ def test_the_first_command_prints_what_follows():
     command = re.search(r"&& (python roe.py .*)", README)[1]
     (printed,) = [block for kind, block in BLOCKS if kind == "" and "def __init__" in block]
     assert run(command).startswith("\n" + printed.rstrip("\n"))
+
+
+def named(text):
+    """The command lines of a text that run a program of ours, in blocks and between backticks."""
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines += [
+        line.replace("\n", " ") for line in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    ]
+    return [found[0] for line in lines if (found := re.search(r"python \S+\.py.*", line))]
+
+
+class Parsed(Exception):
+    """A program has parsed its command line."""
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: path.parent.name)
+def test_every_command_line_parses(path, monkeypatch):
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_args(*args):
+        parse(*args)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    monkeypatch.chdir(ROOT)
+    commands = named(path.read_text(encoding="utf-8"))
+    assert commands or path.parent.name == "tiny"
+    for command in commands:
+        _, program, *arguments = shlex.split(re.sub(r" < \w+| > \w+| \.\.\.$", "", command), comments=True)
+        if "argparse" not in Path(program).read_text(encoding="utf-8"):
+            continue
+        monkeypatch.setattr("sys.argv", [program, *arguments])
+        monkeypatch.syspath_prepend(str(Path(program).parent))
+        try:
+            runpy.run_path(program, run_name="__main__")
+        except Parsed:
+            pass
+        except ImportError as error:
+            assert error.name.split(".")[0] in ("mlx", "mlx_lm", "vllm", "lm_eval", "optuna"), command
+        else:
+            pytest.fail(f"not parsed: {command}")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

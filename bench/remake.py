@@ -23,6 +23,7 @@ import bench
 import ports
 
 RESULTS, FIGURE = ROOT / "bench" / "results", ROOT / "bench" / "figures" / "cost.svg"
+MISSING = "Not measured yet."
 SYSTEMS = "--device cpu --systems roe transformers llama.cpp --rosters 1 4 8 32 --repeats 3"
 
 
@@ -70,7 +71,7 @@ def table_where() -> str:
     rows = []
     for name in MEASURED:
         *_, line = lines(name)
-        others = ", ".join(line.get("versions", {}).values())
+        others = ", ".join(v for system, v in line.get("versions", {}).items() if system != "roe.py")
         others = others or ", ".join(f"{x} {line[x]}" for x in ("transformers", "xllamacpp") if x in line)
         rows.append([name, line["machine"], f"torch {line['torch']}", others, line["date"]])
     return markdown(["results", "machine", "version", "beside it", "date"], rows)
@@ -125,17 +126,19 @@ def table_ports() -> str:
             cells = []
             for n in counts:
                 port = ms[line["system"], length, n]
-                cells.append(f"{bench.number(port)} ({port / ms['roe.py', length, n]:.2g})")
+                cells.append(f"{bench.number(port)} ({port / ms['roe.py', length, n]:.1f})")
             rows.append([line["system"], line["dtype"], f"{length:,} tokens", *cells])
     return markdown(["port", "weights", "after", *(f"n = {n}" for n in counts)], rows)
 
 
 def requests(model: str) -> str:
     """Milliseconds of a decoding step of all requests together, and in brackets as times of plain vLLM's."""
+    if not any(line.get("model") == model for line in lines("vllm")):
+        return MISSING
     ms = {(x["requests"], x["n"]): x["ms"] for x in found("vllm", model=model)}
     counts, rows = list(dict.fromkeys(n for _, n in ms)), []
     for r in dict.fromkeys(r for r, _ in ms):
-        cells = (f"{bench.number(ms[r, n])} ({ms[r, n] / ms[r, 1]:.2g})" for n in counts[1:])
+        cells = (f"{bench.number(ms[r, n])} ({ms[r, n] / ms[r, 1]:.1f})" for n in counts[1:])
         rows.append([f"{r} request{'s' * (r > 1)}", bench.number(ms[r, 1]), *cells])
     return markdown(["rosters", *counts], rows)
 
@@ -160,27 +163,28 @@ def draw_cost() -> None:
     counts = sorted({n for *_, n in line})
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.6), width_ratios=(3, 2))
 
-    def curve(ax, label, values, colour, style, above):
+    def curve(ax, label, values, colour, style="-"):
         ax.plot(counts, values, style, color=colour, marker="o", ms=4)
-        ax.annotate(label, (counts[-1], values[-1]), (0, above), textcoords="offset points", ha="right", color=colour)
+        ax.annotate(label, (counts[-1], values[-1]), (7, -4), textcoords="offset points", color=colour)
 
-    for length, style in ((32, "--"), (2048, "-")):
-        after = f"after {length:,} tokens"
+    for length, style in ((2048, "-"), (32, "--")):
         of = lambda system, key: [line[system, "decode", length, n][key] for n in counts]
-        curve(left, f"naive RoE {after}", of("transformers", "ms"), ORANGE, style, 7)
-        curve(left, f"this project {after}", of("roe", "ms"), BLUE, style, 7 if length > 32 else -13)
-        curve(left, f"floor {after}", of("roe", "floor_ms"), GREY, style, 5 if length > 32 else -13)
+        curve(left, "naive RoE", of("transformers", "ms"), ORANGE, style)
+        curve(left, "this project" * (length > 32), of("roe", "ms"), BLUE, style)  # the pairs end close together
+        curve(left, "floor" * (length > 32), of("roe", "floor_ms"), GREY, style)
     for system, label, colour in (("transformers", "naive RoE", ORANGE), ("roe", "this project", BLUE)):
-        curve(right, label, [line[system, "peak", 2048, n]["bytes"] / 1e9 for n in counts], colour, "-", 7)
+        curve(right, label, [line[system, "peak", 2048, n]["bytes"] / 1e9 for n in counts], colour)
     for ax in (left, right):
         ax.set_xscale("log", base=2)
         ax.set_xticks(counts, counts)
-        ax.set(xlabel="rosters n")
+        ax.set(xlabel="rosters n", xlim=(None, 5 * counts[-1]))  # room for the labels
     left.set_yscale("log")
     left.set_yticks(*2 * [[20, 50, 100, 200, 500, 1000, 2000]])
     left.minorticks_off()
     left.set(ylabel="milliseconds per token")
-    right.set(ylabel="peak memory after 2,048 tokens, GB", ylim=(0, None))
+    left.set_title("after 2,048 tokens (dashed: after 32)", fontsize=10)
+    right.set(ylabel="peak memory of the process, GB", ylim=(0, None))
+    right.set_title("after 2,048 tokens", fontsize=10)
     save(figure, FIGURE)
 
 

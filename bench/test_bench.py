@@ -170,6 +170,8 @@ def test_results():
     for name, lines in files.items():
         assert len({(line["code"], line["machine"], line["torch"]) for line in lines}) == 1, name
     for name, table in remake.TABLES.items():
+        if table() == remake.MISSING:
+            continue
         head, rule, *rows = table().splitlines()
         assert rows and {line.count(" | ") for line in rows} == {head.count(" | ")} == {rule.count(" | ")}, name
     texts = [(ROOT / file).read_text(encoding="utf-8") for file in ("README.md", "bench/README.md", "ports/README.md")]
@@ -186,7 +188,7 @@ def test_the_figure(tmp_path, monkeypatch):
     kept = list((ROOT / "bench" / "figures").iterdir())
     assert [path.name for path in kept] == ["cost.svg"] and kept[0].read_bytes() == drawn
     words = "".join(ElementTree.fromstring(drawn).itertext())
-    assert all(f"{label} after 2,048 tokens" in words for label in ("naive RoE", "this project", "floor"))
+    assert [words.count(label) for label in ("naive RoE", "this project", "floor")] == [3, 2, 1]  # in both halves
 
 
 def test_the_command(tmp_path, monkeypatch):

@@ -19,19 +19,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import controls
+import controls  # which lets files of bench/ be found
+import drawing
 import effect
 import margin_study
-import matplotlib
 import sizes
+from drawing import BLUE, GREY, ORANGE, plt
 from effect import COUNTS, READINGS, RESULTS, ROOT, SETTINGS
 from report import fill, latest, markdown, measure, results
 
-matplotlib.use("svg")
-import matplotlib.pyplot as plt
-
 FIGURES = ROOT / "study" / "figures"
-GREY, BLUE, ORANGE, GREEN = "#808890", "#3f8cff", "#e8762c", "#2ea05a"  # on light pages and on dark ones
 LABELS = {  # of the readings of equation 1, and of effect.SETTINGS
     "clean": "softmax(R)",
     "perturbed": "softmax(R + τG)",
@@ -156,25 +153,9 @@ def table_sizes() -> str:
 
 # ---- Figures ---------------------------------------------------------------------------------------------------------
 
-plt.rcParams.update(
-    {
-        **dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"], GREY),
-        **dict.fromkeys(["axes.spines.top", "axes.spines.right", "legend.frameon"], False),
-        "axes.grid": True,
-        "grid.color": GREY,
-        "grid.alpha": 0.25,
-        "savefig.transparent": True,
-        "svg.fonttype": "none",  # text stays text
-        "svg.hashsalt": "roe",  # the same file from the same data
-        "font.size": 10,
-        "figure.constrained_layout.use": True,
-    }
-)
-
 
 def save(figure, name: str) -> None:
-    figure.savefig(FIGURES / f"{name}.svg", metadata={"Date": None})
-    plt.close(figure)
+    drawing.save(figure, FIGURES / f"{name}.svg")
 
 
 def draw_gains() -> None:

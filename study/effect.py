@@ -173,7 +173,7 @@ def taus(count: int = 8) -> list[tuple[dict, Callable]]:
         return measure(model, read("held-out modules", tokenizer, count)[1], tau, weights)
 
     return [
-        ({"weights": weights, "temperature": tau, "pieces": count}, lambda weights=weights, tau=tau: run(weights, tau))
+        ({"weights": weights, "tau": tau, "pieces": count}, lambda weights=weights, tau=tau: run(weights, tau))
         for weights in READINGS
         for tau in (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
     ]

@@ -104,7 +104,7 @@ def table_counts() -> str:
 
 def table_taus() -> str:
     """One temperature for all layers but the ends, n = 32, held-out modules: perplexity and accuracy."""
-    found = latest(lines("taus"), "weights", "temperature")
+    found = latest(lines("taus"), "weights", "tau")
     values = list(dict.fromkeys(tau for _, tau in found))
     rows = []
     for weights in READINGS:
@@ -191,7 +191,7 @@ def draw_taus() -> None:
     """Perplexity and accuracy against the temperature."""
     figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.2))
     for weights, colour in zip(READINGS, (BLUE, ORANGE)):
-        found = [(line["temperature"], line["counts"][-1]) for line in lines("taus") if line["weights"] == weights]
+        found = [(line["tau"], line["counts"][-1]) for line in lines("taus") if line["weights"] == weights]
         for ax, key, error in zip(axes, ("change", "gained"), ("error", "gained_error")):
             y, errors = ([100 * line[name] for _, line in found] for name in (key, error))
             ax.errorbar(

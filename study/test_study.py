@@ -207,7 +207,11 @@ def test_controls(loaded, monkeypatch):
 
 
 def test_results():
-    """Of one version of the code and one machine each; tables are those of the results, and of full width."""
+    """Whole, and of one version of the code and one machine each; tables are those of the results, and of full width."""
+    for name, study in remake.STUDIES.items():
+        found = results(effect.RESULTS / f"{name}.jsonl")
+        for what in json.loads(json.dumps([what for what, _ in study()])):
+            assert any(what.items() <= line.items() for line in found), f"{name}: {what}"
     for path in effect.RESULTS.glob("*.jsonl"):
         assert len({(line["code"], line["machine"], line["torch"]) for line in results(path)}) == 1, path
     for name, table in remake.TABLES.items():

@@ -207,7 +207,7 @@ def test_controls(loaded, monkeypatch):
 
 
 def test_results():
-    """Whole, and of one version of the code and one machine each; tables are those of the results, and of full width."""
+    """Whole, and of one version of the code and one machine each; tables are those of the results, of full width."""
     for name, study in remake.STUDIES.items():
         found = results(effect.RESULTS / f"{name}.jsonl")
         for what in json.loads(json.dumps([what for what, _ in study()])):

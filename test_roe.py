@@ -6,6 +6,7 @@ one batch of n rosters = n separate runs, for both caches        test_rosters_eq
                                                                      test_models_and_settings_at_random
 every setting reaches its place, from each door to it            test_settings_from_their_doors_to_their_places,
                                                                      test_fields_of_the_config_reach_all_rosters
+the defaults are the documented ones                             test_documented_defaults, test_default_temperatures
 `score` with n gives in row m what `generate` with m chose from  test_scores_are_what_generate_chose_from
 the first m of n rosters are those of m                          the same; test_noise_is_gumbel_and_a_function_...
 a text that is cut and continued goes on as if it had not been   test_text_that_is_cut_goes_on_...
@@ -1373,6 +1374,47 @@ def test_perplexity_of_a_pipe(cli, tmp_path, monkeypatch):
         with pytest.raises(BrokenPipeError):
             written.result()
     refused(cli("--prompt", "-", stdin=b"some texts"), "the prompt: it has more than 9 bytes")
+
+
+DEFAULTS = {  # as README.md and --help say them
+    **{"rosters": 4, "tau": None, "skip": 1, "weights": "perturbed", "seed": 0},
+    **{"max_new_tokens": 128, "temperature": 0.0, "top_p": 1.0, "branching": False, "cache": None, "watch": None},
+    **{"source": None, "device": "auto", "dtype": "auto", "fast": True},
+}
+
+
+def test_documented_defaults(monkeypatch, capsys):
+    """In Python, on the command line, and in what --help says; what tau is if left out, the next test shows."""
+    for function, names in (
+        (roe.generate, "rosters tau branching max_new_tokens temperature top_p seed weights watch"),
+        (roe.score, "tau seed weights cache watch"),
+        (roe.predict, "weights"),
+        (roe.temperatures, "tau skip"),
+        (load, "source device dtype fast"),
+    ):
+        parameters = inspect.signature(function).parameters.values()
+        found = {parameter.name: parameter.default for parameter in parameters if parameter.default != parameter.empty}
+        assert found == {name: DEFAULTS[name] for name in names.split()}
+    monkeypatch.setattr(sys, "argv", ["roe.py", "--prompt=x"])
+    expected = {"prompt": "x", "ppl": None, "cache": "shared", "chat": False, "show": False, "model": None}
+    names = "tau skip weights seed max_new_tokens temperature top_p device dtype"
+    expected |= {"rosters": [DEFAULTS["rosters"]]} | {name: DEFAULTS[name] for name in names.split()}
+    assert vars(roe.parse_arguments()) == expected
+    monkeypatch.setattr(sys, "argv", ["roe.py", "--help"])
+    with pytest.raises(SystemExit):
+        roe.parse_arguments()
+    text = " ".join(capsys.readouterr().out.split())
+    for option, said in (
+        ("rosters", "4"),
+        ("tau", "tau.json beside the model, else 0.2"),
+        ("skip", "1"),
+        ("seed", "0"),
+        ("max-new-tokens", "128"),
+        ("temperature", "0"),
+        ("top-p", "1"),
+        ("cache", "shared"),
+    ):
+        assert re.search(rf" --{option} (?:(?! --).)*\[{re.escape(said)}\]", text), option
 
 
 def test_default_temperatures(cli, small, tmp_path):

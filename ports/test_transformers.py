@@ -7,7 +7,10 @@ here are of order 1 to 10, so that 1e-4 is far above the rounding and far below 
 import contextlib
 import copy
 import inspect
+import io
+import json
 import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -788,6 +791,121 @@ def test_one_seed_is_one_text_here_and_in_roe_py(both, temperature, seed, weight
             ids = port.generate(model, ids, max_new_tokens=more, **options)
         assert len(expected) == new and ids[0].tolist() == tokens + expected
     assert expected != list(roe.generate(ours, tokens, 1, tau, **written))
+
+
+# Each setting where it matters: without the last of a line the text is another one. The names are those of roe.py.
+SETTINGS = {
+    "defaults": {},
+    "tau": {"tau": 2.0},
+    "tau and rosters": {"tau": 2.0, "rosters": 9},
+    "tau and one roster": {"tau": 2.0, "rosters": 1},
+    "tau and skip": {"tau": 2.0, "skip": 2},
+    "tau and no skip": {"tau": 2.0, "skip": 0},
+    "tau of a file": {"tau": "other.json"},
+    "tau and weights": {"tau": 2.0, "weights": "clean"},
+    "tau and seed": {"tau": 2.0, "seed": -(2**40)},
+    "new tokens": {"max_new_tokens": 5},
+    "temperature": {"temperature": 0.9},
+    "temperature and seed": {"temperature": 0.9, "seed": 1},
+    "temperature and top-p": {"temperature": 0.9, "top_p": 0.5},
+}
+
+
+@pytest.fixture
+def program(monkeypatch, capsys, tmp_path):
+    """The program in this process, in a folder of its own: returns what it prints, and its line of statistics."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(*arguments, stdin="", model=ROOT / "tiny"):
+        monkeypatch.setattr(sys, "argv", ["roe_transformers.py", "--model", str(model), *arguments])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        runpy.run_path(str(ROOT / "ports" / "roe_transformers.py"), run_name="__main__")
+        out, err = capsys.readouterr()
+        return out, next(line for line in err.splitlines() if "tokens/s" in line)
+
+    return write
+
+
+def by_roe(ours, tokens, tau=None, skip=1, rosters=4, **arguments):
+    """What roe.py writes, the bytes of its cache, and on how many tokens its average chose another than row 0."""
+    import load
+    import roe
+
+    overruled, nbytes = [], []
+
+    def watch(logits, log_probs, tokens, cache):
+        overruled.append(log_probs.argmax() != logits[0].argmax())
+        nbytes.append(cache.nbytes)
+
+    tau = roe.temperatures(ours.config, load.read_tau(tau) if isinstance(tau, str) else tau, skip)
+    written = list(roe.generate(ours, tokens, rosters, tau, watch=watch, **arguments))
+    return written, nbytes[0], sum(overruled)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_from_their_doors_to_their_places(both, program, tmp_path, name):
+    """Arguments of `add_roe` and `generate`, and the program's options, against roe.py with the same."""
+    from load import read_tokenizer
+
+    model, ours, _ = both
+    (tmp_path / "other.json").write_text("[1.5, 0, 0.5, 3, 0, 1]")
+    tokenizer, settings = read_tokenizer(ROOT / "tiny"), SETTINGS[name]
+    tokens, many = tokenizer.encode("class Stack:").ids, {"max_new_tokens": 30}
+    expected, nbytes, overruled = by_roe(ours, tokens, **many | settings)
+    before = dict([*settings.items()][:-1])
+    assert not settings or by_roe(ours, tokens, **many | before)[0] != expected
+
+    port.add_roe(model, **{"rosters": 4} | {key: settings[key] for key in settings.keys() & port_arguments()})
+    options = {key: value for key, value in (many | settings).items() if key not in port_arguments()}
+    options |= {"do_sample": True, "top_k": 0} if "temperature" in options else {"do_sample": False}
+    average = port.Average(settings.get("seed", 0))
+    ids = port.generate(model, torch.tensor([tokens]), average=average, **options)
+    assert ids[0].tolist() == tokens + expected and average.overruled == overruled
+
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in (many | settings).items()]
+    out, line = program("--prompt", "class Stack:", "--dtype", "float32", *flags)
+    assert out == tokenizer.decode(expected) + "\n"
+    assert line.startswith(f"{len(expected)} tokens, ")
+    assert f"rosters: {settings.get('rosters', 4)}, cache: {nbytes:,} bytes; the average overruled" in line
+    assert line.endswith(f" the clean roster on {overruled} of the tokens")
+
+
+def port_arguments():
+    return inspect.signature(port.add_roe).parameters.keys()
+
+
+def test_the_programs_other_options(program, tmp_path):
+    """Standard input, the chat template, types, and how many tokens, for a tokenizer that begins texts with one."""
+    from load import load
+
+    for name in ("model.safetensors", "config.json", "tokenizer_config.json"):
+        (tmp_path / name).symlink_to(ROOT / "tiny" / name)
+    tokenizer = json.loads((ROOT / "tiny" / "tokenizer.json").read_text())
+    begin = {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}
+    single = [{"SpecialToken": {"id": begin["id"], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    template = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": {begin["id"]: begin}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer | {"post_processor": template}))
+    turn = "{% for m in messages %}# {{ m.role }}\n{{ m.content }}\n{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(turn + "{% if add_generation_prompt %}def {% endif %}")
+    ours, tokenizer = load(tmp_path, "cpu", "float32")
+    options = ["--dtype", "float32", "--max-new-tokens"]
+    plain = tokenizer.encode("class Stack:").ids
+    chat = tokenizer.encode("# user\nclass Stack:\ndef ", add_special_tokens=False).ids
+    assert plain[0] == 0 != chat[0]
+    for tokens, arguments, stdin in (
+        (plain, ["--prompt", "class Stack:"], ""),
+        (plain, ["--prompt", "-"], "class Stack:"),
+        (chat, ["--prompt", "class Stack:", "--chat"], ""),
+    ):
+        expected, nbytes, _ = by_roe(ours, tokens, max_new_tokens=20)
+        out, line = program(*arguments, *options, "20", model=tmp_path, stdin=stdin)
+        assert out == tokenizer.decode(expected) + "\n" and f"cache: {nbytes:,} bytes" in line
+    expected, nbytes, _ = by_roe(ours, plain, max_new_tokens=128)  # as many as by default
+    assert f"cache: {nbytes:,} bytes" in program("--prompt", "class Stack:", *options[:2], model=tmp_path)[1]
+    _, nbytes, _ = by_roe(ours, plain, max_new_tokens=3)
+    for dtype in (["--dtype", "bfloat16"], []):  # as the weights are stored
+        line = program("--prompt", "class Stack:", "--max-new-tokens", "3", *dtype, model=tmp_path)[1]
+        assert f"cache: {nbytes // 2:,} bytes" in line
 
 
 def run(*arguments, processes=0):

@@ -14,6 +14,7 @@ noise counts on through the pieces of a long text                test_positions_
 experts are drawn without replacement from softmax(R / tau)      test_selection_follows_plackett_luce
 mixing weights are those of one of the two readings              test_mixing_weights
 the average is that of probabilities, in float32                 test_probabilities_are_float32
+angles are float32, too                                          test_angles_are_float32_...
 one row runs until the first noisy router                        test_one_row_until_the_first_noisy_router
 without noise n rosters are one                                  test_without_noise_rosters_equal_one_...
 the Clean Cache takes the memory of one sequence                 test_cache_bytes
@@ -205,6 +206,22 @@ def test_model_equals_transformers(tmp_path, name):
 
     expected = hf.generate(torch.tensor([tokens]), do_sample=False, max_new_tokens=64, pad_token_id=0)[0, 40:]
     assert generated(model, tokens, rosters=1, max_new_tokens=64) == expected.tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@torch.inference_mode()
+def test_angles_are_float32_whatever_the_weights_are(tmp_path, dtype):
+    """Late in a long context those of bfloat16 would be off by a turn. Numbers near 1 it rounds by at most 2^-9."""
+    hf = save(tmp_path, changes={"max_position_embeddings": 4096})
+    model, seen = load(tmp_path, "cpu", dtype, fast=False)[0], []
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: seen.extend(args[1:3]))  # cos and sin
+    cache = SharedCache(model.config, 4096)
+    cache.length = 4000
+    model.hidden(torch.tensor([random_tokens(96)]), cache)
+    expected = hf.model.rotary_emb(torch.empty(0), torch.arange(4000, 4096)[None])
+    for ours, theirs in zip(seen, expected, strict=True):
+        assert ours.dtype == getattr(torch, dtype)
+        torch.testing.assert_close(ours.float(), theirs[0, :, : ours.shape[1]], rtol=0, atol=2**-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -66,7 +66,6 @@ mx = pytest.importorskip("mlx.core", reason="MLX is not installed")
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
 import mlx.nn as nn
-import mlx_lm
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
@@ -450,27 +449,120 @@ def test_program():
     assert result.stdout == tokenizer.decode(expected) + "\n"
 
 
-def test_programs_temperatures(tmp_path, monkeypatch):
-    """--tau is a number or a file; left out, it is tau.json beside the model, else 0.2 between the ends."""
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        (tmp_path / name).symlink_to(ROOT / "tiny" / name)
-    given = [0.0, 0.1, 0.2, 0.3, 0.4, 0.0]
-    (tmp_path / "given.json").write_text(json.dumps(given))
-    loaded, load = [], mlx_lm.load
-    monkeypatch.setattr(mlx_lm, "load", lambda path: loaded.append(load(path)) or loaded[-1])
-    G = roe_mlx.gumbel(0, 0, 4, 6, 16)  # of the one token of the prompt
-    G[0] = 0
-    for model, arguments, tau in (
-        (ROOT / "tiny", [], json.loads((ROOT / "tiny/tau.json").read_text())),
-        (tmp_path, [], [0.0, 0.2, 0.2, 0.2, 0.2, 0.0]),
-        (tmp_path, ["--skip", "2"], [0.0, 0.0, 0.2, 0.2, 0.0, 0.0]),
-        (ROOT / "tiny", ["--tau", "0.3"], [0.0, 0.3, 0.3, 0.3, 0.3, 0.0]),
-        (ROOT / "tiny", ["--tau", str(tmp_path / "given.json")], given),
-    ):
-        options = ["--model", str(model), "--prompt", "x", "--max-new-tokens", "1", *arguments]
-        monkeypatch.setattr(sys, "argv", ["roe_mlx.py", *options])
+# Each setting where it matters: without the last of a line the text is another one. The names are those of roe.py.
+SETTINGS = {
+    "defaults": {},
+    "tau": {"tau": 2.0},
+    "tau and rosters": {"tau": 2.0, "rosters": 9},
+    "tau and one roster": {"tau": 2.0, "rosters": 1},
+    "tau and skip": {"tau": 2.0, "skip": 2},
+    "tau and no skip": {"tau": 2.0, "skip": 0},
+    "tau of a file": {"tau": "other.json"},
+    "tau and seed": {"tau": 2.0, "seed": 2**40},
+    "new tokens": {"max_new_tokens": 5},
+    "temperature": {"temperature": 0.9},
+    "temperature and seed": {"temperature": 0.9, "seed": 1},
+    "temperature and top-p": {"temperature": 0.9, "top_p": 0.5},
+}
+
+
+@pytest.fixture
+def program(monkeypatch, capsys, tmp_path):
+    """The program in this process, in a folder of its own: returns what it prints, and its line of statistics."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(*arguments, model=ROOT / "tiny"):
+        monkeypatch.setattr(sys, "argv", ["roe_mlx.py", "--model", str(model), *arguments])
         runpy.run_path(str(ROOT / "ports/roe_mlx.py"), run_name="__main__")
-        assert mx.allclose(loaded[-1][0].roe.noise, mx.array(tau)[:, None] * G)
+        out, err = capsys.readouterr()
+        return out, err.splitlines()[-1]
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def both():
+    """The embedded model in float32 here and in roe.py, and its tokenizer."""
+    pytest.importorskip("torch", reason="torch, which roe.py needs, is not installed")
+    import load
+
+    ours, _ = load_model(ROOT / "tiny")
+    ours.set_dtype(mx.float32)
+    return ours, *load.load(None, "cpu", "float32")
+
+
+def by_roe(theirs, tokens, tau=None, skip=1, rosters=4, temperature=0.0, top_p=1.0, seed=0, max_new_tokens=30):
+    """What roe.py predicts with MLX's noise, and mlx-lm's sampler takes; and on how many tokens row 0 had another."""
+    import torch
+
+    import load
+    import roe
+    from cache import SharedCache
+
+    tau = roe.temperatures(theirs.config, load.read_tau(tau) if isinstance(tau, str) else tau, skip)
+    cache, new, written, overruled = SharedCache(theirs.config, 512), tokens, [], 0
+    sampler = make_sampler(temperature, top_p)
+    for position in range(len(tokens) - 1, len(tokens) - 1 + max_new_tokens):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(roe, "gumbel", lambda *args: torch.tensor(roe_mlx.gumbel(*args).tolist()))
+            logits = roe.predict(theirs, new, cache, rosters, tau, seed)
+        average = logits.softmax(-1).mean(0).log()
+        high, low = roe_mlx.roster_keys(seed, position, 1)[0].tolist()
+        mx.random.seed(high * 2**32 + low)
+        new = [sampler(mx.array(average.tolist())[None]).item()]
+        written += new
+        overruled += bool(average.argmax() != logits[0].argmax())
+    return written, overruled
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_from_their_doors_to_their_places(both, program, tmp_path, name):
+    """Arguments of `add_roe` and `generate`, and the program's options, against roe.py with MLX's noise."""
+    (tmp_path / "other.json").write_text("[1.5, 0, 0.5, 3, 0, 1]")
+    (ours, theirs, tokenizer), settings = both, SETTINGS[name]
+    tokens = tokenizer.encode("class Stack:").ids
+    expected, overruled = by_roe(theirs, tokens, **settings)
+    before = dict([*settings.items()][:-1])
+    assert not settings or by_roe(theirs, tokens, **before)[0] != expected
+
+    tau = settings.get("tau", str(ROOT / "tiny/tau.json"))
+    tau = roe_mlx.read_tau(tau) if isinstance(tau, str) else tau
+    roe_mlx.add_roe(ours, settings.get("rosters", 4), tau, settings.get("skip", 1), settings.get("seed", 0))
+    sampler = make_sampler(settings.get("temperature", 0.0), settings.get("top_p", 1.0))
+    count = settings.get("max_new_tokens", 30)
+    assert list(roe_mlx.generate(ours, tokens, count, sampler)) == expected and ours.roe.overruled == overruled
+
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in ({"max_new_tokens": 30} | settings).items()]
+    out, line = program("--prompt", "class Stack:", *flags)
+    assert out == tokenizer.decode(expected) + "\n"
+    assert line.startswith(f"{len(expected)} tokens, ") and f"rosters: {settings.get('rosters', 4)}, cache" in line
+    assert line.endswith(f" the clean roster on {overruled} of the tokens")
+
+
+def test_defaults_of_add_roe_and_of_the_program_without_temperatures(both, program, tmp_path):
+    """0.2 between the ends, seed 0, and for the program 4 rosters and 128 tokens; and what --skip does to 0.2."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(ROOT / "tiny" / name)
+    ours, theirs, tokenizer = both
+    tokens = tokenizer.encode("class Stack:").ids
+    expected, overruled = by_roe(theirs, tokens, [0, 0.2, 0.2, 0.2, 0.2, 0], max_new_tokens=128)
+    roe_mlx.add_roe(ours, 4)
+    assert list(roe_mlx.generate(ours, tokens)) == expected and ours.roe.overruled == overruled
+    assert program("--prompt", "class Stack:", model=tmp_path)[0] == tokenizer.decode(expected) + "\n"
+    expected, _ = by_roe(theirs, tokens, [0, 0, 0.2, 0.2, 0, 0])
+    flags = ["--prompt", "class Stack:", "--skip", "2", "--max-new-tokens", "30"]
+    assert program(*flags, model=tmp_path)[0] == tokenizer.decode(expected) + "\n"
+
+
+def test_the_programs_chat(program, tmp_path):
+    """--chat wraps the prompt as the tokenizer's own template says."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors", "tau.json"):
+        (tmp_path / name).symlink_to(ROOT / "tiny" / name)
+    turn = "{% for m in messages %}# {{ m.role }}\n{{ m.content }}\n{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(turn + "{% if add_generation_prompt %}def {% endif %}")
+    flags = ["--max-new-tokens", "20", "--prompt"]
+    text = program(*flags, "class Stack:", "--chat", model=tmp_path)[0]
+    assert text == program(*flags, "# user\nclass Stack:\ndef ")[0] != program(*flags, "class Stack:")[0]
 
 
 @pytest.mark.parametrize(

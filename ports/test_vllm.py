@@ -69,9 +69,19 @@ WRONG = {  # settings, and what is said of them
     "half a layer": ({"ROE_SKIP": "0.5"}, RANGES),
     "no layer with noise": ({"ROE_SKIP": "3"}, "ROE_SKIP=3 leaves none of 6 mixture layers with noise"),
     "an unknown name": ({"ROE_TEMPERATURE": "0.3"}, "not ROE_TEMPERATURE"),
+    "other weights": ({"ROE_WEIGHTS": "clean"}, "unset ROE_WEIGHTS"),
 }
 TINY = str(HERE.parent / "tiny")
 STEPS, N, TAU, SEED = 48, 8, 0.6, 2**40 + 1
+OTHER = [0.9, 0, 0.3, 1, 0, 0.6]
+SETTINGS = {  # variables, and what they mean to roe.py; a tau.json lies beside the model if the name says so
+    "rosters": ({"ROE_ROSTERS": "3"}, {"n": 3, "tau": [0, 0.2, 0.2, 0.2, 0.2, 0], "seed": 0}),
+    "tau.json and seed": ({"ROE_ROSTERS": "8", "ROE_SEED": "3"}, {"tau": None, "seed": 3}),
+    "tau": ({"ROE_ROSTERS": "8", "ROE_TAU": "0.9"}, {"tau": [0, 0.9, 0.9, 0.9, 0.9, 0], "seed": 0}),
+    "tau of a list": ({"ROE_ROSTERS": "8", "ROE_TAU": json.dumps(OTHER)}, {"tau": OTHER, "seed": 0}),
+    "skip": ({"ROE_ROSTERS": "8", "ROE_TAU": "0.9", "ROE_SKIP": "2"}, {"tau": [0, 0, 0.9, 0.9, 0, 0], "seed": 0}),
+    "no skip": ({"ROE_ROSTERS": "8", "ROE_TAU": "0.9", "ROE_SKIP": "0"}, {"tau": [0.9] * 6, "seed": 0}),
+}
 NOISY = {"ROE_ROSTERS": str(N), "ROE_TAU": str(TAU), "ROE_SEED": str(SEED)}
 PENALTY = 1.5
 PENALISED = dict(engine=dict(enforce_eager=True, logprobs_mode="raw_logits"), params=dict(repetition_penalty=PENALTY))
@@ -206,11 +216,17 @@ def engines(folder, prompts, random_models, plain, expected):
         "alone": long,
         "batch": tiny,
         "chunks": tiny | dict(engine=chunks, calls=[[prompts[1]], prompts]),
-        "tuned": long | dict(env=dict(ROE_ROSTERS=str(N), ROE_SEED="3")),
         "cut": dict(model=TINY, env=NOISY, calls=[[prompts[1] + expected[1][0][:k] for k in (1, 20)]]),
     }
     for name in FAMILIES[1:]:
         jobs[name] = dict(model=str(folder / name), calls=[[list(range(3, 27))]], env=NOISY)
+    bare = folder / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).symlink_to(Path(TINY, name))
+    for name, (env, _) in SETTINGS.items():
+        model = TINY if "tau.json" in name else str(bare)
+        jobs[name] = dict(model=model, calls=[[prompts[3]]], env=env)
     jobs["scoring"] = tiny | dict(params={"prompt_logprobs": 1})
     for name, (wrong, _) in WRONG.items():
         jobs[name] = tiny | dict(env={**NOISY, **wrong}, calls=[])
@@ -222,7 +238,7 @@ def engines(folder, prompts, random_models, plain, expected):
 # ---- Independent runs -----------------------------------------------------------------------------------------------
 
 
-def by_roe(prompt: list[int], tau=TAU, seed: int = SEED) -> tuple[list[int], torch.Tensor]:
+def by_roe(prompt: list[int], tau=TAU, seed: int = SEED, n: int = N) -> tuple[list[int], torch.Tensor]:
     """What roe.py writes after this prompt alone, and every roster's logits [steps, n, V]."""
     import roe
     from load import load
@@ -230,7 +246,7 @@ def by_roe(prompt: list[int], tau=TAU, seed: int = SEED) -> tuple[list[int], tor
     rows, (model, _) = [], load(None, device="cpu", dtype="float32")
     model.config.eos_token_id = ()
     watch = lambda logits, *_: rows.append(logits[:, 0])
-    tokens = list(roe.generate(model, prompt, N, tau, max_new_tokens=STEPS, seed=seed, watch=watch))
+    tokens = list(roe.generate(model, prompt, n, tau, max_new_tokens=STEPS, seed=seed, watch=watch))
     return tokens, torch.stack(rows)
 
 
@@ -329,9 +345,15 @@ def test_rows_are_those_of_roe(engines, expected):
     assert_equal_rows(engines["alone"], *expected[1])
 
 
-def test_temperatures_beside_the_model_and_a_seed(engines, prompts):
-    """Left out, ROE_TAU is what roe.py reads: tiny/tau.json."""
-    assert_equal_rows(engines["tuned"], *by_roe(prompts[1], None, seed=3))
+def test_settings_from_their_doors_to_their_places(engines, prompts):
+    """Each variable where it matters, and what it is when left out, against roe.py: every roster's rows."""
+    seen = []
+    for name, (_, arguments) in SETTINGS.items():
+        assert engines[name]["error"] == "", name
+        tokens, rows = by_roe(prompts[3], **arguments)
+        assert_equal_rows(engines[name], tokens, rows)
+        assert all((rows[0, 1] - other).abs().max() > 1e-2 for other in seen)  # no two settings are the same
+        seen.append(rows[0, 1])
 
 
 def test_text_that_is_cut_goes_on_as_if_it_had_not_been(engines, expected):

@@ -14,6 +14,7 @@ import runpy
 import subprocess
 import sys
 import threading
+import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -486,6 +487,35 @@ def test_temperatures_beside_a_model(tmp_path):
             found()
 
 
+def test_temperatures_of_a_model_of_the_hub(tmp_path):
+    """Without a network, from the cache: those of its newest commit, and 0.2 where that has none."""
+    hub, commit = tmp_path / "hub" / "models--test--model", "a" * 40
+    (hub / "refs").mkdir(parents=True)
+    (hub / "snapshots" / commit).mkdir(parents=True)
+    (hub / "refs" / "main").write_text(commit)
+    for name in ("config.json", "model.safetensors"):
+        (hub / "snapshots" / commit / name).symlink_to(ROOT / "tiny" / name)
+    tau = hub / "snapshots" / commit / "tau.json"
+    tau.write_text("[0, 0.7, 0.1, 0.1, 0.1, 0]")
+    script = f"""
+import sys
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+sys.path.append({str(ROOT / "ports")!r})
+import roe_transformers
+model = AutoModelForCausalLM.from_pretrained("test/model")
+roe_transformers.add_roe(model, 2)
+print(model.roe.tau)
+Path({str(tau)!r}).unlink()
+roe_transformers.add_roe(model, 2)
+print(model.roe.tau)
+"""
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.stdout == "[0.0, 0.7, 0.1, 0.1, 0.1, 0.0]\n[0.0, 0.2, 0.2, 0.2, 0.2, 0.0]\n", done.stderr
+
+
 def test_one_seed_is_one_text(mixtral):
     def text(**options):
         port.add_roe(mixtral, 4, 1.0, **options)
@@ -874,7 +904,7 @@ def port_arguments():
     return inspect.signature(port.add_roe).parameters.keys()
 
 
-def test_the_programs_other_options(program, tmp_path):
+def test_the_programs_other_options(program, tmp_path, monkeypatch):
     """Standard input, the chat template, types, and how many tokens, for a tokenizer that begins texts with one."""
     from load import load
 
@@ -906,6 +936,11 @@ def test_the_programs_other_options(program, tmp_path):
     for dtype in (["--dtype", "bfloat16"], []):  # as the weights are stored
         line = program("--prompt", "class Stack:", "--max-new-tokens", "3", *dtype, model=tmp_path)[1]
         assert f"cache: {nbytes // 2:,} bytes" in line
+    assert "1 tokens, " in program("--prompt", "x", "--max-new-tokens", "1")[1]
+    now = time.monotonic
+    monkeypatch.setattr(time, "perf_counter", lambda: 1000 * now())  # a second is 1,000 to the program
+    start, (_, line) = now(), program("--prompt", "x", "--max-new-tokens", "60")
+    assert 59 / 1000 / (now() - start) - 0.05 <= float(line.split(", ")[1].split()[0]) < 10
 
 
 def run(*arguments, processes=0):

@@ -160,6 +160,20 @@ def optimizers(model: olmoe.OLMoE) -> list[torch.optim.Optimizer]:
     return [muon, torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)]
 
 
+def learn(model: olmoe.OLMoE, batch: torch.Tensor, steppers: list[torch.optim.Optimizer], step: int, progress: float):
+    """Takes a step, the first of which is 1, after this share of the training is done; returns `losses`."""
+    rate = learning_rate * (final_rate + (1 - final_rate) * (1 + math.cos(math.pi * progress)) / 2)
+    for group in (group for stepper in steppers for group in stepper.param_groups):
+        group["lr"] = rate * min(1, step / warmup_steps)
+    loss, balance, z, busiest = losses(model, batch)
+    (loss + balance_weight * balance + z_weight * z).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for stepper in steppers:
+        stepper.step()
+    model.zero_grad()
+    return loss, balance, z, busiest
+
+
 def save(model: olmoe.OLMoE, path: Path):
     """Writes the weights in bfloat16, or leaves the old file as it was."""
     tensors = {name: p.detach().to("cpu", torch.bfloat16) for name, p in model.named_parameters()}
@@ -223,16 +237,7 @@ def main():
 
     start, tokens, best, recent, progress = time.time(), 0, math.inf, [], 0.0
     for step, batch in enumerate(batches(documents), 1):
-        rate = learning_rate * (final_rate + (1 - final_rate) * (1 + math.cos(math.pi * progress)) / 2)
-        for group in (group for stepper in steppers for group in stepper.param_groups):
-            group["lr"] = rate * min(1, step / warmup_steps)
-        loss, balance, z, busiest = losses(model, batch.to(device))
-        (loss + balance_weight * balance + z_weight * z).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for stepper in steppers:
-            stepper.step()
-        model.zero_grad()
-
+        loss, balance, z, busiest = learn(model, batch.to(device), steppers, step, progress)
         tokens += batch[:, 1:].numel()
         recent.append(loss.item())
         minutes, epochs = (time.time() - start) / 60, tokens / epoch_tokens

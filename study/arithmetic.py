@@ -1,17 +1,16 @@
 """Do rosters help to reason? The paper's claim, accuracy under greedy decoding, on arithmetic written in steps.
 
-Trains a model like the embedded one on problems such as 12-45*3+70= with what follows, 12-135+70=-123+70=-53. Then it
-counts new problems whose whole chain is written without a fault by 1 to 32 rosters and, beside them, by one more expert
-for each token; and how often a vote of sampled chains finds the answer (self-consistency).
+Trains a model like the embedded one on problems such as 12-45*3+70= with what follows, 12-135+70=-123+70=-53. New
+problems are right if the whole chain is, with 1 to 32 rosters or one more expert; or by a vote of sampled chains.
 """
 
 import itertools
 import json
 import random
 import re
+import statistics
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from pathlib import Path
 import torch
 from effect import COUNTS, READINGS, ROOT, ROSTERS
 from tokenizers import Tokenizer, decoders, models
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import roe
@@ -31,12 +29,11 @@ sys.path.append(str(ROOT / "tiny"))
 import train as recipe
 
 SYMBOLS = "\n0123456789+-*="  # a token each; the first ends a chain
-# Half the width of the embedded model, so that it learns in half an hour.
-SIZE = {"hidden_size": 64, "intermediate_size": 80, "vocab_size": len(SYMBOLS), "max_position_embeddings": 64}
+SIZE = {"hidden_size": 64, "intermediate_size": 80, "max_position_embeddings": 64}  # half the embedded model's width
 TRAINING, VALIDATION, TEST = 15_000, 500, 2_000  # problems, no two of them alike
-EPOCHS, BATCH = 12, 64
-TAUS, SKIPS, SEEDS = (0.05, 0.1, 0.2, 0.3, 0.5), (0, 1), 5
-SOFTMAX_TEMPERATURES = 0.5, 0.7, 1.0  # of sampled chains
+EPOCHS, BATCH, SEEDS = 12, 64, 5
+TAUS, SKIPS, SOFTMAX = (0.05, 0.1, 0.2, 0.3, 0.5), (0, 1), (0.5, 0.7, 1.0)  # the last of sampled chains
+answer = lambda ids: "".join(SYMBOLS[i] for i in ids).partition("\n")[0].rpartition("=")[2]  # after the last "="
 
 
 def problems(count: int) -> list[str]:
@@ -56,7 +53,7 @@ def problems(count: int) -> list[str]:
 
 def train(folder: Path, texts: list[str]) -> None:
     """As tiny/train.py, but a row of a batch is one problem with its chain, filled up with ends."""
-    recipe.config = replace(recipe.config, **SIZE)
+    recipe.config = replace(recipe.config, vocab_size=len(SYMBOLS), **SIZE)
     tokenizer = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(SYMBOLS)}, []))
     tokenizer.decoder = decoders.Fuse()
     recipe.save_config(folder, tokenizer)
@@ -68,94 +65,73 @@ def train(folder: Path, texts: list[str]) -> None:
     batches = [batch for _ in range(EPOCHS) for batch in rows[torch.randperm(len(rows))].split(BATCH)]
     for step, batch in enumerate(batches):
         recipe.learn(model, batch, steppers, step + 1, step / len(batches))
-    log = {"seed": recipe.seed, "minutes": (time.time() - start) / 60}
-    (folder / "log.json").write_text(json.dumps(log) + "\n")
+    (folder / "log.json").write_text(json.dumps({"seed": recipe.seed, "minutes": (time.time() - start) / 60}))
     recipe.save(model, folder / "model.safetensors")
 
 
 @torch.inference_mode()
-def judge(model: OLMoE, pairs: list, rosters: int = 1, tau=0.0, seed=0, weights="perturbed") -> tuple[Tensor, Tensor]:
+def judge(model: OLMoE, pairs: list, rosters: int = 1, setting: tuple = ("perturbed", 1, 0.0), seed: int = 0):
     """Whether greedy decoding writes exactly the right chain of each (problem, chain), which are lists of ids.
 
     It does if the likeliest token is the right one everywhere, given the right ones before it: one pass says it.
-
-    Returns, for all of COUNTS up to `rosters`: 1 or 0 for each problem [counts, problems]; the chains' perplexity.
+    Returns 1 or 0 [counts, problems], and the chains' perplexity [counts], for all of COUNTS up to `rosters`.
     """
+    weights, skip, tau = setting
+    tau = roe.temperatures(model.config, tau, skip)
     rows, rights, scores = [n - 1 for n in COUNTS if n <= rosters], [], []
+    likeliest = lambda logits: logits.float().softmax(-1).cumsum(0)[rows].argmax(-1)  # by the mean of the first n rows
     for i, (problem, chain) in enumerate(pairs):
         cache, right = SharedCache(model.config, len(problem + chain)), []
         model.hidden(torch.tensor([problem[:-1]]), cache)
-
-        def watch(logits, _, targets, __):
-            sums = logits.float().softmax(-1).cumsum(0)  # n times the mean of the first n rows
-            right.append(sums[rows].argmax(-1) == targets)
-
+        watch = lambda logits, _, targets, __: right.append(likeliest(logits) == targets)
         noise = seed * len(pairs) + i  # of its own for each problem
         scores.append(roe.score(model, problem[-1:] + chain, rosters, tau, noise, weights, cache, watch)[rows])
         rights.append(torch.cat(right, 1).all(1))
     return torch.stack(rights, 1).double(), torch.cat(scores, 1).double().mean(1).neg().exp()
 
 
-def gains(hits: Tensor, clean: Tensor) -> list[dict]:
+def gains(hits: torch.Tensor, clean: torch.Tensor) -> list[dict]:
     """Accuracy for each n, its change from the clean path's, and the error of that: [counts, problems], [problems]."""
     changes = hits - clean
-    columns = hits.mean(1), changes.mean(1), changes.std(1) / len(clean) ** 0.5
-    keys = "rosters", "accuracy", "gained", "gained_error"
-    return [dict(zip(keys, line)) for line in zip(COUNTS, *(column.tolist() for column in columns))]
+    lines = torch.stack((hits.mean(1), changes.mean(1), changes.std(1) / len(clean) ** 0.5), 1).tolist()
+    return [dict(zip(("rosters", "accuracy", "gained", "gained_error"), (n, *line))) for n, line in zip(COUNTS, lines)]
 
 
 def rosters(model: OLMoE, trained: list, validation: list, test: list) -> dict:
-    """With the reading, and the temperature of all layers or all but the ends, that are best in validation."""
+    """With the reading, layers and temperature that are best in validation; and one more expert instead of rosters."""
     clean, grid = judge(model, validation)[0].mean().item(), []
-    for weights, skip, tau in itertools.product(READINGS, SKIPS, TAUS):
-        right, perplexities = judge(model, validation, ROSTERS, roe.temperatures(model.config, tau, skip), 0, weights)
-        grid.append((right[-1].mean().item(), -perplexities[-1].item(), weights, skip, tau))
-    *_, weights, skip, tau = max(grid)
-    tau = roe.temperatures(model.config, tau, skip)
-    rights, perplexities = zip(*(judge(model, test, ROSTERS, tau, seed, weights) for seed in range(1, SEEDS + 1)))
-    rights = torch.stack(rights)  # [seeds, counts, problems]
+    for setting in itertools.product(READINGS, SKIPS, TAUS):
+        right, perplexities = judge(model, validation, ROSTERS, setting)
+        grid.append((right[-1].mean().item(), -perplexities[-1].item(), *setting))
+    found = [judge(model, test, ROSTERS, max(grid)[2:], seed) for seed in range(1, SEEDS + 1)]
+    rights, perplexities = map(torch.stack, zip(*found))  # [seeds, counts, problems], [seeds, counts]
     found = {"trained": judge(model, trained)[0].mean().item(), "validation": clean, "grid": grid, "best": max(grid)}
-    found |= {"seeds": (rights[:, -1] - rights[:, 0]).mean(1).tolist(), "counts": gains(rights.mean(0), rights[0, 0])}
-    return found | {"perplexities": torch.stack(perplexities).mean(0).tolist()}
-
-
-def one_more_expert(model: OLMoE, trained: list, validation: list, test: list) -> dict:
-    clean, _ = judge(model, test)
+    found |= {"counts": gains(rights.mean(0), rights[0, 0]), "perplexities": perplexities.mean(0).tolist()}
     model.config.num_experts_per_tok += 1
-    right, perplexities = judge(model, test)
-    return {"counts": gains(right, clean[0]), "perplexities": perplexities.tolist()}
+    more, perplexity = judge(model, test)
+    return found | {"more": gains(more, rights[0, 0])[0], "more_perplexity": perplexity.item()}
 
 
-@torch.inference_mode()
-def answers(model: OLMoE, problem: list[int], temperature: float, seed: int) -> list[str]:
-    """Of as many chains as rosters, drawn token by token; those that are the same so far are read once."""
-    generator, rows = torch.Generator().manual_seed(seed), torch.tensor([problem] * ROSTERS)
-    while rows.all(1).any() and rows.shape[1] < model.config.max_position_embeddings:  # some have no end yet
-        different, which = rows.unique(dim=0, return_inverse=True)
-        probs = (model(different)[:, -1] / temperature).softmax(-1)
-        rows = torch.cat((rows, probs[which].multinomial(1, generator=generator)), 1)
-    return [answer(row) for row in rows.tolist()]
-
-
-def answer(ids: list[int]) -> str:
-    """What follows the last "=" before the end."""
-    return "".join(SYMBOLS[i] for i in ids).partition("\n")[0].rpartition("=")[2]
+def elect(model: OLMoE, pairs: list, temperature: float, seed: int) -> torch.Tensor:
+    """Whether most of n sampled chains have the right answer, of two with equal votes the first: [counts, problems]."""
+    found = []
+    for i, (problem, chain) in enumerate(pairs):
+        generator, rows = torch.Generator().manual_seed(seed * len(pairs) + i), torch.tensor([problem] * ROSTERS)
+        while rows.all(1).any() and rows.shape[1] < model.config.max_position_embeddings:  # some have no end yet
+            different, which = rows.unique(dim=0, return_inverse=True)  # the same beginning is read once
+            probs = (model(different)[:, -1] / temperature).softmax(-1)
+            rows = torch.cat((rows, probs[which].multinomial(1, generator=generator)), 1)
+        answers = [answer(row) for row in rows.tolist()]
+        found.append([statistics.mode(answers[:n]) == answer(chain) for n in COUNTS])
+    return torch.tensor(found).double().T
 
 
 def votes(model: OLMoE, trained: list, validation: list, test: list) -> dict:
-    """The answer that most of n sampled chains give; of several such, the one that came first."""
-
-    def hits(pairs: list, temperature: float, seed: int) -> Tensor:  # [counts, problems]
-        found = []
-        for i, (problem, chain) in enumerate(pairs):
-            drawn = answers(model, problem, temperature, seed * len(pairs) + i)
-            found.append([Counter(drawn[:n]).most_common(1)[0][0] == answer(chain) for n in COUNTS])
-        return torch.tensor(found).double().T
-
-    grid = [(hits(validation, temperature, 0)[-1].mean().item(), temperature) for temperature in SOFTMAX_TEMPERATURES]
+    """Of chains sampled at the temperature that is best in validation, against the answers of greedy decoding."""
+    grid = [(elect(model, validation, temperature, 0)[-1].mean().item(), temperature) for temperature in SOFTMAX]
     greedy = [answer([*roe.generate(model, problem, 1)]) == answer(chain) for problem, chain in test]
-    found = {"grid": grid, "best": max(grid), "greedy": sum(greedy) / len(greedy)}
-    return found | {"counts": gains(hits(test, max(grid)[1], 1), torch.tensor(greedy).double())}
+    counts = gains(elect(model, test, max(grid)[1], 1), torch.tensor(greedy).double())
+    return {"grid": grid, "best": max(grid), "greedy": sum(greedy) / len(greedy), "counts": counts}
 
 
 def arithmetic(directory: Path) -> list[tuple[dict, Callable]]:
@@ -163,15 +139,12 @@ def arithmetic(directory: Path) -> list[tuple[dict, Callable]]:
     folder, texts = directory / "arithmetic", problems(TRAINING + VALIDATION + TEST)
 
     def run(way: Callable) -> dict:
-        if not folder.exists():
-            unfinished = folder.with_name("arithmetic.unfinished")
-            train(unfinished, texts[:TRAINING])
-            unfinished.rename(folder)
+        if not (folder / "model.safetensors").exists():
+            train(folder, texts[:TRAINING])
         model, tokenizer = load(folder, device="cpu", dtype="float32")
         ids = [[tokenizer.encode(part).ids for part in text.partition("=")] for text in texts]
         pairs = [(problem + equals, chain) for problem, equals, chain in ids]
-        found = way(model, pairs[:VALIDATION], pairs[TRAINING:-TEST], pairs[-TEST:])
-        return json.loads((folder / "log.json").read_text()) | found
+        log = json.loads((folder / "log.json").read_text())
+        return log | way(model, pairs[:VALIDATION], pairs[TRAINING:-TEST], pairs[-TEST:])
 
-    ways = rosters, one_more_expert, votes
-    return [({"way": way.__name__, "problems": TEST}, lambda way=way: run(way)) for way in ways]
+    return [({"way": way.__name__, "problems": TEST}, lambda way=way: run(way)) for way in (rosters, votes)]

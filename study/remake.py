@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import arithmetic
 import controls  # which lets files of bench/ be found
 import drawing
 import effect
@@ -40,7 +41,7 @@ STUDIES = {  # what needs no training
     "controls": controls.controls,
     "margin": margin_study.margins,
 }
-TRAINED = {"sizes": sizes.sizes}
+TRAINED = {"sizes": sizes.sizes, "arithmetic": arithmetic.arithmetic}
 
 
 # ---- Tables ----------------------------------------------------------------------------------------------------------
@@ -149,6 +150,22 @@ def table_sizes() -> str:
         name = f"experts of {sizes.MIDDLE}, n = {x['rosters']}"
         rows.append([name, f"worth {worth} M ({low} to {high})", loss(x)])
     return markdown(["model", "parameters read per token", "held-out loss"], rows)
+
+
+def table_arithmetic() -> str:
+    """New problems whose whole chain is right, in percent; votes are compared with the answers of greedy decoding."""
+    found = {line["way"]: line for line in lines("arithmetic")}
+    ours, votes = found["rosters"], found["votes"]
+    share = lambda x: f"{100 * x['accuracy']:.2f}"
+    rows = [
+        ["rosters, whole chain", share(ours["counts"][0]), *map(gained, ours["counts"][1:])],
+        ["one more expert, whole chain", gained(ours["more"]), *[""] * len(COUNTS[1:])],
+        ["one greedy chain, its answer", f"{100 * votes['greedy']:.2f}", *[""] * len(COUNTS[1:])],
+        ["vote of n sampled chains, its answer", *map(gained, votes["counts"])],
+        ["rosters, perplexity of the right chains", *(f"{x:.4f}" for x in ours["perplexities"])],
+        ["one more expert, perplexity", f"{ours['more_perplexity']:.4f}", *[""] * len(COUNTS[1:])],
+    ]
+    return markdown(["", *(f"n = {n}" for n in COUNTS)], rows)
 
 
 # ---- Figures ---------------------------------------------------------------------------------------------------------

@@ -95,12 +95,11 @@ def table_accuracy() -> str:
 
 
 def table_counts() -> str:
-    """Default settings, 2 to 32 rosters: perplexity, and accuracy."""
+    """Default settings, 2 to 32 rosters: perplexity, in percent; accuracy, in percentage points."""
     rows = []
     for line in by_text("default"):
-        rows.append([line["text"], "perplexity", *map(percent, line["counts"][1:])])
-        rows.append(["", "accuracy", *map(gained, line["counts"][1:])])
-    return markdown(["text", "change of", *(f"n = {n}" for n in COUNTS[1:])], rows)
+        rows.append([line["text"], *(f"{percent(x)}; {gained(x)}" for x in line["counts"][1:])])
+    return markdown(["text", *(f"n = {n}" for n in COUNTS[1:])], rows)
 
 
 def table_taus() -> str:
@@ -126,17 +125,18 @@ def table_controls() -> str:
 
 
 def table_margin() -> str:
-    """What margins keep, in percent, and what a token costs, as times that of one roster."""
-    labels = {"share": "tokens with rosters", "kept": "overruled tokens kept", "gain": "gain kept"}
+    """What margins keep, in percent, and what a token costs, as times that of one roster: fewest and most rosters."""
     rows = []
     for line in lines("margin"):
         found = latest(line["found"], "rosters", "margin")
-        for n in dict.fromkeys(n for n, _ in found):
-            each = [found[n, m] for m in margin_study.MARGINS]
-            for key, label in labels.items():
-                cells = (f"{100 * x[key]:.0f} ± {100 * x[f'{key}_error']:.0f}" for x in each)
-                rows.append([line["text"], n, f"{label}, %", *cells])
-            rows.append([line["text"], n, "time of a token", *(f"{x['ratio']:.2f}" for x in each)])
+        row = lambda n, label, cell: [line["text"], n, label, *(cell(found[n, m]) for m in margin_study.MARGINS)]
+        share = lambda key: lambda x: f"{100 * x[key]:.0f} ± {100 * x[f'{key}_error']:.0f}"
+        few, *_, many = margin_study.COUNTS
+        rows.append([line["text"], "any", *row(few, "tokens with rosters, %", share("share"))[2:]])
+        for n in (few, many):
+            rows.append(row(n, "overruled tokens kept, %", share("kept")))
+            rows.append(row(n, "gain kept, %", share("gain")))
+            rows.append(row(n, "time of a token", lambda x: f"{x['ratio']:.2f}"))
     return markdown(["text", "n", "", *(f"M = {m:g}" for m in margin_study.MARGINS)], rows)
 
 

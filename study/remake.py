@@ -145,7 +145,7 @@ def table_sizes() -> str:
     *_, line = lines("sizes")
     loss = lambda x: f"{x['loss']:.4f} ± {x['error']:.4f}"
     rows = [[f"experts of {x['size']}", f"{x['active'] / 1e6:.3f} M", loss(x)] for x in line["models"]]
-    for x in line["rosters"][1:]:
+    for x in line["rosters"]:
         worth, low, high = (f"{x[key] / 1e6:.3f}" for key in ("worth", "low", "high"))
         name = f"experts of {sizes.MIDDLE}, n = {x['rosters']}"
         rows.append([name, f"worth {worth} M ({low} to {high})", loss(x)])
@@ -196,7 +196,7 @@ def draw_gains() -> None:
         fmt="o",
         capsize=3,
     )
-    right.set(xlabel="next tokens right, percentage points more")
+    right.set(xlabel="accuracy raised by, points")
     left.set_yticks(y, [line["text"] for line in found])
     for ax in (left, right):
         ax.axvline(0, color=GREY, lw=1)
@@ -214,7 +214,7 @@ def draw_taus() -> None:
             ax.errorbar(
                 [tau for tau, _ in found], y, errors, color=colour, label=LABELS[weights], marker="o", ms=4, capsize=2
             )
-    for ax, label in zip(axes, ("change of perplexity, %", "next tokens right, percentage points more")):
+    for ax, label in zip(axes, ("change of perplexity, %", "change of accuracy, points")):
         ax.axhline(0, color=GREY, lw=1)
         ax.set(xlabel="τ of all layers but the first and the last", ylabel=label, xlim=(0, 0.75))
     axes[0].set_ylim(-2.5, 2.5)  # beyond, it only gets worse

@@ -66,7 +66,7 @@ def by_text(setting: str) -> list[dict]:
 
 
 def table_texts() -> str:
-    """Perplexity with 32 rosters; in brackets what is left at the best softmax temperatures on both sides."""
+    """Perplexity with 32 rosters; in brackets what is left at the best softmax temperatures on both sides; accuracy."""
     head = [
         "text",
         "tokens",
@@ -77,20 +77,11 @@ def table_texts() -> str:
     found, rows = latest(lines("texts"), "text", "setting"), []
     for line in by_text("default"):
         each = [found[line["text"], setting] for setting in SETTINGS]
-        cells = [f"{percent(x['counts'][-1])} ({100 * x['softened']:+.2f})" for x in each]
-        one = line["counts"][0]["perplexity"]
+        cells = [f"{percent(x['counts'][-1])} ({100 * x['softened']:+.2f}); {gained(x['counts'][-1])}" for x in each]
+        one = line["counts"][0]
+        clean = f"{one['perplexity']:.1f}; {100 * one['accuracy']:.1f}"
         name = f"{line['text']} ({line['source']})"
-        rows.append([name, f"{line['tokens']:,}", f"{one:.1f}", *cells, f"{100 * line['alone']:+.2f}"])
-    return markdown(head, rows)
-
-
-def table_accuracy() -> str:
-    """How often the likeliest token is the right one, in percent, with 1 and with 32 rosters."""
-    head = ["text", "n = 1", *(f"n = 32, {SETTING_LABELS[setting]}" for setting in SETTINGS)]
-    found, rows = latest(lines("texts"), "text", "setting"), []
-    for line in by_text("default"):
-        cells = [gained(found[line["text"], setting]["counts"][-1]) for setting in SETTINGS]
-        rows.append([line["text"], f"{100 * line['counts'][0]['accuracy']:.1f}", *cells])
+        rows.append([name, f"{line['tokens']:,}", clean, *cells, f"{100 * line['alone']:+.2f}"])
     return markdown(head, rows)
 
 
@@ -145,7 +136,7 @@ def table_sizes() -> str:
     *_, line = lines("sizes")
     loss = lambda x: f"{x['loss']:.4f} ± {x['error']:.4f}"
     rows = [[f"experts of {x['size']}", f"{x['active'] / 1e6:.3f} M", loss(x)] for x in line["models"]]
-    for x in line["rosters"]:
+    for x in (x for x in line["rosters"] if x["rosters"] in (1, 4, 32)):
         worth, low, high = (f"{x[key] / 1e6:.3f}" for key in ("worth", "low", "high"))
         name = f"experts of {sizes.MIDDLE}, n = {x['rosters']}"
         rows.append([name, f"worth {worth} M ({low} to {high})", loss(x)])

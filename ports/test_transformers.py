@@ -569,6 +569,8 @@ def test_average():
     assert torch.isclose(got[0].logsumexp(0), scores[0].logsumexp(0))
     assert port.Average()(IDS, scores[:1]).equal(scores[:1])  # of one roster, the logits themselves
     assert average.overruled == (expected.argmax() != scores[0].argmax())
+    half = scores.bfloat16()  # in float32, whatever the scores are
+    assert port.Average()(IDS, half).equal(port.Average()(IDS, half.float()))
 
 
 def test_sampling_draws_one_token_for_all_rows(mixtral):
@@ -967,6 +969,29 @@ def test_the_programs_other_options(program, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: next(ticks) ** 2 / 1000)
     line = program("--prompt", "x", "--max-new-tokens", "5")[1]
     assert line.startswith("5 tokens, 166.7 tokens/s, ")  # four in 25 - 1 milliseconds, after the first
+
+
+def test_the_token_that_ends_a_text_is_not_printed(both, program, tmp_path):
+    """A special one, as such tokens are; roe.py stops before it."""
+    from load import load
+
+    _, ours, _ = both
+    for name in ("model.safetensors", "tokenizer_config.json", "tau.json"):
+        (tmp_path / name).symlink_to(ROOT / "tiny" / name)
+    tokenizer = json.loads((ROOT / "tiny" / "tokenizer.json").read_text())
+    end = by_roe(ours, load(None, "cpu")[1].encode("class Stack:").ids, max_new_tokens=12)[0][-1]
+    (content,) = [token for token, index in tokenizer["model"]["vocab"].items() if index == end]
+    added = tokenizer["added_tokens"][0] | {"id": end, "content": content, "special": True}
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps(tokenizer | {"added_tokens": [*tokenizer["added_tokens"], added]})
+    )
+    config = json.loads((ROOT / "tiny" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": end}))
+    model, tokenizer = load(tmp_path, "cpu", "float32")
+    expected = by_roe(model, tokenizer.encode("class Stack:").ids)[0]
+    assert 0 < len(expected) < 12
+    out, _ = program("--prompt", "class Stack:", "--dtype", "float32", model=tmp_path)
+    assert out == tokenizer.decode(expected) + "\n"
 
 
 def run(*arguments, processes=0):

@@ -476,6 +476,20 @@ def test_a_router_that_chooses_without_top_k(mixtral):
         forward(mixtral, rows, None)
 
 
+def test_noise_is_added_in_float32(mixtral):
+    """Also in bfloat16, where its sum with the logits would be rounded."""
+    model, seen = mixtral.bfloat16(), []
+    port.add_roe(model, 3, 1.0, seed=2)
+    router = model.model.layers[2].mlp.gate
+    router.register_forward_hook(lambda _, args, out: seen.append((args[0], out[0])))
+    with torch.no_grad():
+        model(IDS[:, :1].repeat(3, 1))
+    ((x, logits),) = seen
+    noise = port.gumbel(2, 0, 3, 5, 8)[:, 2]
+    noise[0] = 0
+    assert logits.equal(torch.nn.functional.linear(x.view(3, -1), router.weight).float() + noise)
+
+
 def test_temperatures(mixtral):
     gates = [layer.mlp.gate for layer in mixtral.model.layers]
     noisy = lambda: [gates.index(router) for router in noisy_routers(mixtral)]
@@ -781,7 +795,12 @@ def test_threads_share_a_model(noisy):
 def test_an_error_leaves_no_noise_behind(noisy):
     model, expected = noisy
     router = model.model.layers[2].mlp.gate
-    hook = router.register_forward_pre_hook(lambda *_: 1 / 0)  # after that of RoE
+
+    def fail(_, args):
+        if len(args[0]) == 3:  # not while one row reads the prompt
+            raise ZeroDivisionError
+
+    hook = router.register_forward_pre_hook(fail)
     with pytest.raises(ZeroDivisionError):
         port.generate(model, IDS, **GREEDY)
     hook.remove()

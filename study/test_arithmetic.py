@@ -127,4 +127,4 @@ def test_study(tmp_path, monkeypatch):
     assert ours["more_perplexity"] != ours["perplexities"][0]
     assert len(ours["counts"]) == len(votes["counts"]) == len(COUNTS)
     head, _, *rows = remake.table_arithmetic().splitlines()
-    assert len(rows) == 6 and {row.count("|") for row in rows} == {head.count("|")}
+    assert len(rows) == 5 and {row.count("|") for row in rows} == {head.count("|")}

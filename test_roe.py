@@ -888,6 +888,8 @@ def check_attend(attend, sizes, dtype, atol):
         expected[row, head, t] = (q[row, head, t].double() @ k.T / D**0.5).softmax(-1) @ v
     if dtype == torch.bfloat16 and S - T > 500:  # an average of many is small: one position of 600 changes it by 0.01
         atol /= 10
+    if dtype == torch.float32:  # a score is a sum of D products, whose order differs from processor to processor
+        atol *= max(1, D / 64)
     torch.testing.assert_close(attend(q, *shared, *own).double(), expected, rtol=0, atol=atol)
 
 

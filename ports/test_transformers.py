@@ -124,7 +124,7 @@ REFUSED = {
     "qwen3_next": "linear attention",
     "switch_transformers": "an encoder-decoder",
 }
-SETTINGS = {  # of those refused
+LAYERS = {  # of those refused
     "granitemoehybrid": {"mamba_n_heads": 8, "layer_types": ["mamba", "attention"] * 2 + ["attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2 + ["full_attention"]},
 }
@@ -367,7 +367,7 @@ def test_half_precision(family):
 def test_refused(name):
     if name not in transformers.CONFIG_MAPPING:
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
-    config = AutoConfig.for_model(name, **BASE | SETTINGS.get(name, {}))
+    config = AutoConfig.for_model(name, **BASE | LAYERS.get(name, {}))
     kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     model = (kind or transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config)])(config)
     with pytest.raises(ValueError, match=rf"^{name} has (another memory|no router)"):

@@ -487,7 +487,10 @@ def test_noise_is_added_in_float32(mixtral):
     ((x, logits),) = seen
     noise = port.gumbel(2, 0, 3, 5, 8)[:, 2]
     noise[0] = 0
-    assert logits.equal(torch.nn.functional.linear(x.view(3, -1), router.weight).float() + noise)
+    expected = torch.nn.functional.linear(x.view(3, -1), router.weight).float() + noise
+    if transformers.__version__.startswith("5.0."):  # whose routers return the softmax
+        expected = expected.softmax(-1)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)  # rounded to bfloat16 it were 4e-3 off
 
 
 def test_temperatures(mixtral):

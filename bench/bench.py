@@ -443,8 +443,8 @@ def measure(args: argparse.Namespace) -> dict:
                 found.append({"system": system, "method": "peak"} | task | {"bytes": child.ask("peak")})
                 child.close()
     packages = {"transformers": "transformers", "llama.cpp": "xllamacpp"}
-    versions = {package: metadata.version(package) for system, package in packages.items() if system in args.systems}
-    return {"found": found} | versions
+    versions = {system: f"{x} {metadata.version(x)}" for system, x in packages.items() if system in args.systems}
+    return {"found": found, "versions": versions}
 
 
 def number(value: float) -> str:

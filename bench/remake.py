@@ -65,13 +65,18 @@ def found(name: str, **what) -> list[dict]:
     return next(line["found"] for line in lines(name) if what.items() <= line.items())
 
 
+def four_layers() -> tuple[dict, list[int]]:
+    """What was measured of them, by system, method, tokens and rosters; and the numbers of rosters."""
+    measured = latest(found("bench", layers=4), "system", "method", "length", "n")
+    return measured, sorted({n for *_, n in measured})
+
+
 def table_where() -> str:
     """Machines, versions and dates."""
     rows = []
     for name in MEASURED:
         *_, line = lines(name)
         others = ", ".join(v for system, v in line.get("versions", {}).items() if system != "roe.py")
-        others = others or ", ".join(f"{x} {line[x]}" for x in ("transformers", "xllamacpp") if x in line)
         rows.append([name, line["machine"], f"torch {line['torch']}", others, line["date"]])
     return markdown(["results", "machine", "version", "beside it", "date"], rows)
 
@@ -94,8 +99,7 @@ def table_prompts_embedded() -> str:
 
 def table_cost() -> str:
     """Of table_decode what the first README shows, after 2,048 tokens."""
-    line = latest(found("bench", layers=4), "system", "method", "length", "n")
-    counts = sorted({n for *_, n in line})
+    line, counts = four_layers()
     rows = []
     for label, system, key in (
         ("this project", "roe", "ms"),
@@ -156,8 +160,7 @@ TABLES = {name.removeprefix("table_"): table for name, table in globals().items(
 
 def draw_cost() -> None:
     """Time and memory against the number of rosters."""
-    line = latest(found("bench", layers=4), "system", "method", "length", "n")
-    counts = sorted({n for *_, n in line})
+    line, counts = four_layers()
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.6), width_ratios=(3, 2))
 
     def curve(ax, label, values, colour, style="-"):

@@ -66,10 +66,11 @@ def measure(path: Path, cells: Iterable[tuple[dict, Callable[[], dict]]]) -> Non
     current = [line for line in lines if (line["code"], line["machine"]) == (code(), machine)]
     cells = [(json.loads(json.dumps(what)), run) for what, run in cells]
     find = lambda what, lines: [line for line in lines if what.items() <= line.items()]
-    known = [line["seconds"] for what, _ in cells for line in find(what, lines)[-1:]]
+    seconds = lambda what: [line["seconds"] for line in find(what, lines)[-1:]]
+    known = [value for what, _ in cells for value in seconds(what)]
     usual = sum(known) / len(known) if known else 1
     open_cells = [(what, run) for what, run in cells if not find(what, current)]
-    expected = [([line["seconds"] for line in find(what, lines)] or [usual])[-1] for what, _ in open_cells]
+    expected = [value for what, _ in open_cells for value in seconds(what) or [usual]]
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in current))
     took = []

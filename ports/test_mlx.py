@@ -76,6 +76,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "ports")]
 
 import roe_mlx
+from settings import SETTINGS, options
 
 # MLX computes in float32 on CPUs; rows of a batch may be summed in another order than a row alone. Logits are about 3.
 TOLERANCE = 2e-5
@@ -449,24 +450,6 @@ def test_program():
     assert result.stdout == tokenizer.decode(expected) + "\n"
 
 
-# Each setting where it matters: without the last of a line the text is another one. The names are those of roe.py.
-SETTINGS = {
-    "defaults": {},
-    "tau": {"tau": 2.0},
-    "tau and rosters": {"tau": 2.0, "rosters": 9},
-    "tau and one roster": {"tau": 2.0, "rosters": 1},
-    "tau and skip": {"tau": 2.0, "skip": 2},
-    "tau and no skip": {"tau": 2.0, "skip": 0},
-    "tau of a file": {"tau": "other.json"},
-    "tau and seed": {"tau": 2.0, "seed": 2**40},
-    "new tokens": {"max_new_tokens": 5},
-    "temperature": {"temperature": 0.9},
-    "temperature and seed": {"temperature": 0.9, "seed": 1},
-    "temperature and one roster": {"tau": 2.0, "temperature": 0.9, "rosters": 1},
-    "temperature and top-p": {"temperature": 0.9, "top_p": 0.5},
-}
-
-
 @pytest.fixture
 def program(monkeypatch, capsys, tmp_path):
     """The program in this process, in a folder of its own: returns what it prints, and its line of statistics."""
@@ -533,8 +516,7 @@ def test_settings_from_their_doors_to_their_places(both, program, tmp_path, name
     count = settings.get("max_new_tokens", 30)
     assert list(roe_mlx.generate(ours, tokens, count, sampler)) == expected and ours.roe.overruled == overruled
 
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in ({"max_new_tokens": 30} | settings).items()]
-    out, line = program("--prompt", "class Stack:", *flags)
+    out, line = program("--prompt", "class Stack:", *options({"max_new_tokens": 30} | settings))
     assert out == tokenizer.decode(expected) + "\n"
     assert line.startswith(f"{len(expected)} tokens, ") and f"rosters: {settings.get('rosters', 4)}, cache" in line
     assert line.endswith(f" the clean roster on {overruled} of the tokens")

@@ -30,6 +30,7 @@ from transformers import AutoConfig, DynamicCache
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "ports")]
 import roe_transformers as port
+from settings import SETTINGS, options
 
 torch.set_num_threads(1)  # models this small do not gain from more, and lose where the processor is shared
 
@@ -872,23 +873,7 @@ def test_one_seed_is_one_text_here_and_in_roe_py(both, temperature, seed, weight
     assert expected != list(roe.generate(ours, tokens, 1, tau, **written))
 
 
-# Each setting where it matters: without the last of a line the text is another one. The names are those of roe.py.
-SETTINGS = {
-    "defaults": {},
-    "tau": {"tau": 2.0},
-    "tau and rosters": {"tau": 2.0, "rosters": 9},
-    "tau and one roster": {"tau": 2.0, "rosters": 1},
-    "tau and skip": {"tau": 2.0, "skip": 2},
-    "tau and no skip": {"tau": 2.0, "skip": 0},
-    "tau of a file": {"tau": "other.json"},
-    "tau and weights": {"tau": 2.0, "weights": "clean"},
-    "tau and seed": {"tau": 2.0, "seed": -(2**40)},
-    "new tokens": {"max_new_tokens": 5},
-    "temperature": {"temperature": 0.9},
-    "temperature and seed": {"temperature": 0.9, "seed": 1},
-    "temperature and one roster": {"tau": 2.0, "temperature": 0.9, "rosters": 1},
-    "temperature and top-p": {"temperature": 0.9, "top_p": 0.5},
-}
+SETTINGS |= {"tau and weights": {"tau": 2.0, "weights": "clean"}, "tau and seed": {"tau": 2.0, "seed": -(2**40)}}
 
 
 @pytest.fixture
@@ -936,14 +921,13 @@ def test_settings_from_their_doors_to_their_places(both, program, tmp_path, name
     assert not settings or by_roe(ours, tokens, **many | before)[0] != expected
 
     port.add_roe(model, **{"rosters": 4} | {key: settings[key] for key in settings.keys() & port_arguments()})
-    options = {key: value for key, value in (many | settings).items() if key not in port_arguments()}
-    options |= {"do_sample": True, "top_k": 0} if "temperature" in options else {"do_sample": False}
+    others = {key: value for key, value in (many | settings).items() if key not in port_arguments()}
+    others |= {"do_sample": True, "top_k": 0} if "temperature" in others else {"do_sample": False}
     average = port.Average(settings.get("seed", 0))
-    ids = port.generate(model, torch.tensor([tokens]), average=average, **options)
+    ids = port.generate(model, torch.tensor([tokens]), average=average, **others)
     assert ids[0].tolist() == tokens + expected and average.overruled == overruled
 
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in (many | settings).items()]
-    out, line = program("--prompt", "class Stack:", "--dtype", "float32", *flags)
+    out, line = program("--prompt", "class Stack:", "--dtype", "float32", *options(many | settings))
     assert out == tokenizer.decode(expected) + "\n"
     assert line.startswith(f"{len(expected)} tokens, ")
     assert f"rosters: {settings.get('rosters', 4)}, cache: {nbytes:,} bytes; the average overruled" in line

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from effect import COUNTS, READINGS, ROOT, ROSTERS
+from effect import COUNTS, READINGS, ROOT, ROSTERS, accuracy, likeliest
 from tokenizers import Tokenizer, decoders, models
 from torch.nn.utils.rnn import pad_sequence
 
@@ -78,23 +78,21 @@ def judge(model: OLMoE, pairs: list, rosters: int = 1, setting: tuple = ("pertur
     """
     weights, skip, tau = setting
     tau = roe.temperatures(model.config, tau, skip)
-    rows, rights, scores = [n - 1 for n in COUNTS if n <= rosters], [], []
-    likeliest = lambda logits: logits.float().softmax(-1).cumsum(0)[rows].argmax(-1)  # by the mean of the first n rows
+    counts, rights, scores = [n for n in COUNTS if n <= rosters], [], []
     for i, (problem, chain) in enumerate(pairs):
         cache, right = SharedCache(model.config, len(problem + chain)), []
         model.hidden(torch.tensor([problem[:-1]]), cache)
-        watch = lambda logits, _, targets, __: right.append(likeliest(logits) == targets)
+        watch = lambda logits, _, targets, __: right.append(likeliest(logits, counts) == targets)
         noise = seed * len(pairs) + i  # of its own for each problem
-        scores.append(roe.score(model, problem[-1:] + chain, rosters, tau, noise, weights, cache, watch)[rows])
+        found = roe.score(model, problem[-1:] + chain, rosters, tau, noise, weights, cache, watch)
+        scores.append(found[[n - 1 for n in counts]])
         rights.append(torch.cat(right, 1).all(1))
     return torch.stack(rights, 1).double(), torch.cat(scores, 1).double().mean(1).neg().exp()
 
 
 def gains(hits: torch.Tensor, clean: torch.Tensor) -> list[dict]:
     """Accuracy for each n, its change from the clean path's, and the error of that: [counts, problems], [problems]."""
-    changes = hits - clean
-    lines = torch.stack((hits.mean(1), changes.mean(1), changes.std(1) / len(clean) ** 0.5), 1).tolist()
-    return [dict(zip(("rosters", "accuracy", "gained", "gained_error"), (n, *line))) for n, line in zip(COUNTS, lines)]
+    return [{"rosters": n} | accuracy(row, clean) for n, row in zip(COUNTS, hits)]
 
 
 def rosters(model: OLMoE, trained: list, validation: list, test: list) -> dict:

@@ -4,11 +4,16 @@ A control is a few lines: a function `route` of `model.OLMoE` that chooses exper
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from effect import BLOCK, ROSTERS, Softened, changes, read, softening
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+from captured import draw
 
 import roe
 from cache import SharedCache
@@ -117,14 +122,6 @@ NOISY = {  # rule, noise, average
 
 
 # ---- Measuring -------------------------------------------------------------------------------------------------------
-
-
-def draw(config, rosters: int, tau: list[float], seed: int, positions: range, gumbel: Callable) -> Tensor:
-    """tau G of tokens at T positions, [n, T, L, E]: what `roe.run_rosters` adds to the routers' logits."""
-    G = [gumbel(seed, position, rosters, config.num_hidden_layers, config.num_experts) for position in positions]
-    noise = torch.stack(G, 1) * torch.tensor(tau)[:, None]
-    noise[0] = 0  # row 0 is the clean path
-    return noise
 
 
 @torch.inference_mode()

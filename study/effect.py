@@ -4,7 +4,7 @@ Studies of the embedded model in float32, each a list of cells for `report.measu
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
@@ -76,6 +76,19 @@ def read(name: str, tokenizer, count: int) -> tuple[str, list[list[int]]]:
 # ---- Measures -------------------------------------------------------------------------------------------------------
 
 
+def likeliest(logits: Tensor, counts: Sequence[int] = COUNTS) -> Tensor:
+    """The likeliest token under the first n rosters, for every n of counts: [rosters, t, V] -> [counts, t]."""
+    sums = logits.float().softmax(-1).cumsum(0)  # n times the mean of the first n rows
+    return sums[[n - 1 for n in counts]].argmax(-1)
+
+
+def accuracy(hits: Tensor, before: Tensor) -> dict[str, float]:
+    """The share of 1 among 1 and 0, how much more it is than before, and the standard error of that."""
+    gained = hits - before
+    error = gained.std().item() / len(gained) ** 0.5
+    return {"accuracy": hits.mean().item(), "gained": gained.mean().item(), "gained_error": error}
+
+
 def changes(log_probs: Tensor, right: Tensor) -> list[dict]:
     """Perplexity and accuracy of each row, and their changes from the first, with standard errors.
 
@@ -90,10 +103,8 @@ def changes(log_probs: Tensor, right: Tensor) -> list[dict]:
         gains = (row - log_probs[0]).view(-1, BLOCK).mean(1)  # nats per token
         change = gains.mean().neg().exp().item() - 1
         error = (1 + change) * gains.std().item() / len(gains) ** 0.5
-        gained = hits - right[0]
         line = {"perplexity": row.mean().neg().exp().item(), "change": change, "error": error}
-        line |= {"accuracy": hits.mean().item(), "gained": gained.mean().item()}
-        found.append(line | {"gained_error": gained.std().item() / len(gained) ** 0.5})
+        found.append(line | accuracy(hits, right[0]))
     return found
 
 
@@ -135,8 +146,7 @@ def measure(model, pieces: list[list[int]], tau, weights: str) -> dict:
     def watch(logits, log_probs, targets, _):
         clean(logits[0].float().log_softmax(-1), targets)
         average(log_probs, targets)
-        sums = logits.float().softmax(-1).cumsum(0)  # n times the mean of the first n rows
-        right.append(sums[[n - 1 for n in COUNTS]].argmax(-1) == targets)
+        right.append(likeliest(logits) == targets)
 
     for seed, piece in enumerate(pieces):
         found = roe.score(model, piece, ROSTERS, tau, seed, weights, watch=watch)

@@ -120,15 +120,15 @@ def table_margin() -> str:
     rows = []
     for line in lines("margin"):
         found = latest(line["found"], "rosters", "margin")
-        row = lambda n, label, cell: [line["text"], n, label, *(cell(found[n, m]) for m in margin_study.MARGINS)]
+        cells = lambda n, cell: [cell(found[n, m]) for m in margin_study.MARGINS]
         share = lambda key: lambda x: f"{100 * x[key]:.0f} ± {100 * x[f'{key}_error']:.0f}"
         few, *_, many = margin_study.COUNTS
-        rows.append([line["text"], "any", *row(few, "tokens with rosters, %", share("share"))[2:]])
+        rows.append([line["text"], "any", "tokens with rosters, %", *cells(few, share("share"))])
         for n in (few, many):
-            rows.append(row(n, "overruled tokens kept, %", share("kept")))
+            rows.append([line["text"], n, "overruled tokens kept, %", *cells(n, share("kept"))])
             if line["text"] == "held-out":  # of text of its own a model has no gain that is more than noise
-                rows.append(row(n, "gain kept, %", share("gain")))
-            rows.append(row(n, "time of a token", lambda x: f"{x['ratio']:.2f}"))
+                rows.append([line["text"], n, "gain kept, %", *cells(n, share("gain"))])
+            rows.append([line["text"], n, "time of a token", *cells(n, lambda x: f"{x['ratio']:.2f}")])
     return markdown(["text", "n", "", *(f"M = {m:g}" for m in margin_study.MARGINS)], rows)
 
 
@@ -137,7 +137,8 @@ def table_sizes() -> str:
     *_, line = lines("sizes")
     loss = lambda x: f"{x['loss']:.4f} ± {x['error']:.4f}"
     rows = [[f"experts of {x['size']}", f"{x['active'] / 1e6:.3f} M", loss(x)] for x in line["models"]]
-    for x in (x for x in line["rosters"] if x["rosters"] in (1, 4, 32)):
+    found = latest(line["rosters"], "rosters")
+    for x in (found[n,] for n in (1, 4, 32)):
         worth, low, high = (f"{x[key] / 1e6:.3f}" for key in ("worth", "low", "high"))
         name = f"experts of {sizes.MIDDLE}, n = {x['rosters']}"
         rows.append([name, f"worth {worth} M ({low} to {high})", loss(x)])

@@ -1,25 +1,17 @@
 """Tests of the study of arithmetic: that its problems are right, and that one pass says what decoding writes."""
 
-import importlib.util
-
 import arithmetic
-import effect
 import pytest
 import torch
 from effect import COUNTS, ROSTERS
 from report import measure
+from test_study import remake
 
 import roe
 from load import load
 from model import OLMoE
 
 torch.set_num_threads(1)
-path = effect.ROOT / "study" / "remake.py"  # bench/ has one, too
-spec = importlib.util.spec_from_file_location("study_remake", path)
-remake = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(remake)
-
-
 SIZE = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 3, "num_experts": 4}
 
 

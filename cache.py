@@ -7,9 +7,8 @@ Both caches hand a layer's attention these two, and differ only in what they kee
     shared        the clean history (row 0's)           the current token; row 0's becomes history
     branching     the prompt but its last token         its continuation so far, kept (after the first noisy layer)
 
-`length` is the number of positions stored so far. New ones are written from there on, and the last layer advances it.
-Lower it to forget what lies beyond (with the branching cache not below `prompt_len`). All memory is allocated when the
-first keys come, whose dtype and device it takes.
+`length` is the number of positions stored so far, which the last layer advances. Lower it to forget those beyond (with
+the branching cache not below `prompt_len`). The first keys say in which dtype and on which device memory is allocated.
 
 Shapes: n rows, Hk key-value heads of size D, T new positions.
 """
@@ -32,9 +31,8 @@ class SharedCache:
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Stores row 0 of k and v [n, Hk, T, D]; returns what the n * T queries of this layer attend to.
 
-        Returns:
-            shared_k, shared_v [1, Hk, S, D] and own_k, own_v [n, Hk, T, C, D], see `model.attend`. With n > 1 rows C is
-            1, the query's own position. With a single row C is 0: its positions are among the shared.
+        That is shared_k, shared_v [1, Hk, S, D] and own_k, own_v [n, Hk, T, C, D], see `model.attend`. With n > 1 rows
+        C is 1, the query's own position. With a single row C is 0: its positions are among the shared.
 
         Raises ValueError: the cache is full.
         """
@@ -43,19 +41,15 @@ class SharedCache:
         if end > max_len:
             raise ValueError(f"the cache is full: it has room for {max_len} positions, not {end}")
         if self.nbytes == 0:
-            self.k = k.new_empty(self.shape)
-            self.v = v.new_empty(self.shape)
-            self.nbytes = self.k.nbytes + self.v.nbytes
+            self.k, self.v = k.new_empty(2, *self.shape)
+            self.nbytes = 2 * self.k.nbytes
         self.k[layer, :, :, self.length : end] = k[:1]
         self.v[layer, :, :, self.length : end] = v[:1]
         if layer == layers - 1:
             self.length = end
-        own_k, own_v = k.unsqueeze(3), v.unsqueeze(3)
-        if len(k) == 1:
-            return self.k[layer, :, :, :end], self.v[layer, :, :, :end], own_k[:, :, :, :0], own_v[:, :, :, :0]
-        # The last query sees the shared positions up to end - 2. Its own one, end - 1, each row has for itself: see the
-        # table in `model.attend`.
-        return self.k[layer, :, :, : end - 1], self.v[layer, :, :, : end - 1], own_k, own_v
+        C = 1 if len(k) > 1 else 0  # 1: the last position, end - 1, is each row's own; see the table in `model.attend`
+        own_k, own_v = k.unsqueeze(3)[:, :, :, :C], v.unsqueeze(3)[:, :, :, :C]
+        return self.k[layer, :, :, : end - C], self.v[layer, :, :, : end - C], own_k, own_v
 
 
 class BranchingCache:
@@ -67,15 +61,13 @@ class BranchingCache:
     Args:
         config, max_len: the model's `Config`, and the most positions to be stored.
         rosters: n, the rows to be kept in the layers after the first noisy one.
-        prompt_len: positions at the start that are shared by all rosters. It is the length of the prompt but for its
-            last token, which is the first that rosters predict from.
+        prompt_len: positions shared by all rosters: the prompt but its last token, the first that they predict from.
         first_noisy: index of the first layer with tau > 0; None: there is none.
     """
 
     def __init__(self, config, max_len: int, rosters: int, prompt_len: int, first_noisy: int | None):
         layers, Hk, D = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-        branches = rosters > 1 and first_noisy is not None
-        one_row = first_noisy + 1 if branches else layers  # the number of layers with one row
+        one_row = layers if rosters == 1 or first_noisy is None else first_noisy + 1  # how many layers keep one row
         shared = [max_len if layer < one_row else prompt_len for layer in range(layers)]
         self.shapes = [((1, Hk, length, D), (rosters, Hk, max_len - length, D)) for length in shared]
         self.prompt_len = prompt_len

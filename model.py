@@ -2,8 +2,7 @@
 
 Without a cache rows are independent sequences; with one they are n rosters of the same tokens. Nothing here knows of
 noise: a function `route` decides which experts run, and if it returns more rows than it was given, the path branches
-there. The names of parameters are those of the tensors in OLMoE's checkpoints. Where the folder fast/ is there, `load`
-puts faster modules in the place of some of these; they compute the same but for rounding, and `fast=False` runs these.
+there. The names of parameters are those of the tensors in OLMoE's checkpoints.
 
 Shapes: n rows, T positions, d hidden_size, E experts, k experts per token, H query heads, Hk key-value heads of size D,
 S positions shared by all rows, C positions of a row's own.
@@ -37,7 +36,6 @@ class Config:
     tie_word_embeddings: bool = False
     eos_token_id: Sequence[int] = ()  # any of them ends a text
     tau: list[float] | None = None  # routing temperatures, one per layer: what a file tau.json beside the model says
-
     head_dim = property(lambda self: self.hidden_size // self.num_attention_heads)
 
 
@@ -51,7 +49,7 @@ class OLMoE(nn.Module):
         embedding = nn.Embedding.from_pretrained(nn.Linear(d, V, bias=False).weight, freeze=False)
         if config.tie_word_embeddings:
             embedding.weight = self.lm_head.weight
-        layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         norm = nn.RMSNorm(d, config.rms_norm_eps)
         self.model = nn.ModuleDict({"embed_tokens": embedding, "layers": layers, "norm": norm})
 
@@ -61,9 +59,8 @@ class OLMoE(nn.Module):
     def forward(self, tokens: Tensor, cache=None, route: Callable | None = None) -> Tensor:
         """Predicts the next token at every position: ids [n, T] -> logits [rows, T, V], n or the last route's rows.
 
-        With a cache of `cache.py` n is 1: the tokens of one text, which follow those that the cache holds. Without one,
-        every row is a sequence. route(layer, router logits [n, T, E]) -> weights, indices [n or more, T, k]; by default
-        it is `top_k`.
+        With a cache of `cache.py` n is 1, and the tokens follow those that the cache holds. route(layer, router logits
+        [n, T, E]) -> weights, indices [n or more, T, k]; by default it is `top_k`.
 
         Raises ValueError: more tokens than the model's context has room for, or several texts and a cache.
         """
@@ -71,7 +68,8 @@ class OLMoE(nn.Module):
 
     def hidden(self, tokens: Tensor, cache=None, route: Callable | None = None) -> Tensor:
         """As `forward`, but makes no prediction: returns the hidden states [rows, T, d] before the final norm."""
-        config, start = self.config, cache.length if cache else 0
+        config = self.config
+        start = cache.length if cache else 0
         end = start + tokens.shape[1]
         if end > config.max_position_embeddings:
             raise ValueError(f"{end} tokens are more than the model's context of {config.max_position_embeddings}")
@@ -84,47 +82,45 @@ class OLMoE(nn.Module):
         angles = torch.arange(start, end, device=self.device)[:, None] * frequencies  # [T, D/2]
         cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
         x = self.model.embed_tokens(tokens)
-        for layer in self.model.layers:
-            x = layer(x, cos, sin, cache, route)
+        for i, layer in enumerate(self.model.layers):
+            x = layer(x, cos, sin, i, cache, route)
         return x
 
 
 class Layer(nn.Module):
-    def __init__(self, config: Config, layer: int):
+    def __init__(self, config: Config):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MoE(config, layer)
+        self.mlp = MoE(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache, route: Callable) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
-        return x + self.mlp(self.post_attention_layernorm(x), route)  # this may be [1, T, d] + [n, T, d]
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, cache, route: Callable) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layer, cache)
+        return x + self.mlp(self.post_attention_layernorm(x), layer, route)  # this may be [1, T, d] + [n, T, d]
 
 
 class Attention(nn.Module):
-    def __init__(self, config: Config, layer: int):
+    def __init__(self, config: Config):
         super().__init__()
         d, D, Hk = config.hidden_size, config.head_dim, config.num_key_value_heads
-        self.layer = layer
         self.head_dim = D
         self.clip = config.clip_qkv
         self.q_proj = nn.Linear(d, d, bias=False)
         self.k_proj = nn.Linear(d, Hk * D, bias=False)
         self.v_proj = nn.Linear(d, Hk * D, bias=False)
         self.o_proj = nn.Linear(d, d, bias=False)
-        # OLMoE normalises the whole projection, before the heads are split.
-        self.q_norm = nn.RMSNorm(d, config.rms_norm_eps)
+        self.q_norm = nn.RMSNorm(d, config.rms_norm_eps)  # OLMoE's: of the whole projection, before heads are split
         self.k_norm = nn.RMSNorm(Hk * D, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, cache) -> Tensor:
         q, k, v = self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x)
         if self.clip is not None:
             q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
         q, k, v = (t.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))  # [n, H or Hk, T, D]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache:
-            out = attend(q, *cache.update(self.layer, k, v))
+            out = attend(q, *cache.update(layer, k, v))
         else:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).flatten(2))
@@ -136,7 +132,7 @@ def attend(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: 
     Args:
         q: queries [n, H, T, D]; the result has their shape.
         shared_k, shared_v: [1, Hk, S, D], read once for all rows and not copied.
-        own_k, own_v: [n, Hk, T, C, D], C positions for each query.
+        own_k, own_v: [n, Hk, T, C, D], C positions for each query. With a `BranchingCache` T is 1, and it sees S + C.
 
     With a `SharedCache` and n rows each query has its own position as C = 1, and the last query's is left out of the
     shared ones. With one row nothing is left out, and C = 0. What T = 3 queries see (x) after a history of 4:
@@ -144,7 +140,6 @@ def attend(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: 
         first query            x x x x . .  x         first query            x x x x x . .
         second                 x x x x x .  x         second                 x x x x x x .
         last                   x x x x x x  x         last                   x x x x x x x
-    With a `BranchingCache` and n rows T is 1, and the query sees all S + C.
     """
     (_, Hk, S, D), T, C = shared_k.shape, q.shape[2], own_k.shape[3]
     q = q.unflatten(1, (Hk, -1)) * D**-0.5  # [n, Hk, g, T, D]: g query heads share a key-value head
@@ -159,14 +154,13 @@ def attend(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: 
 
 
 class MoE(nn.Module):
-    def __init__(self, config: Config, layer: int):
+    def __init__(self, config: Config):
         super().__init__()
-        self.layer = layer
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)  # the router
         self.experts = Experts(Expert(config) for _ in range(config.num_experts))
 
-    def forward(self, x: Tensor, route: Callable) -> Tensor:
-        weights, indices = route(self.layer, self.gate(x))
+    def forward(self, x: Tensor, layer: int, route: Callable) -> Tensor:
+        weights, indices = route(layer, self.gate(x))
         x = x.expand(len(indices), -1, -1)  # if the route made n rows of one, experts run for all n
         return self.experts(x, weights.to(x.dtype), indices)
 
@@ -200,7 +194,9 @@ def top_k(logits: Tensor, k: int, normalize: bool = False) -> tuple[Tensor, Tens
     logits = logits.float()
     indices = logits.topk(k).indices
     weights = logits.softmax(-1).gather(-1, indices)
-    return weights / weights.sum(-1, keepdim=True) if normalize else weights, indices
+    if normalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights, indices
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

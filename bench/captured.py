@@ -80,8 +80,8 @@ def decode(model: OLMoE, token: Tensor, cache: StaticCache, tau: list[float], no
     angles = cache.length[:, None] / config.rope_theta ** (pairs / config.head_dim)
     cos, sin = angles.cos().to(model.dtype), angles.sin().to(model.dtype)
     x = model.model.embed_tokens(token)
-    for layer in model.model.layers:
-        x = layer(x, cos, sin, cache, route)
+    for i, layer in enumerate(model.model.layers):
+        x = layer(x, cos, sin, i, cache, route)
     return model.lm_head(model.model.norm(x))[:, 0]
 
 

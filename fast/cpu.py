@@ -73,13 +73,13 @@ class FastAttention(nn.Module):
 
     def __init__(self, plain: Attention):
         super().__init__()
-        self.layer, self.head_dim, self.clip = plain.layer, plain.head_dim, plain.clip
+        self.head_dim, self.clip = plain.head_dim, plain.clip
         self.q_norm, self.k_norm = plain.q_norm, plain.k_norm
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             setattr(self, name, FastLinear(getattr(plain, name).weight))
         self.attend = attend_widely if widens_on(plain.q_proj.weight) else attend_in_blocks
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, cache) -> Tensor:
         n, T, d = x.shape
         q, k, v = self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x)
         if self.clip is not None:
@@ -87,7 +87,7 @@ class FastAttention(nn.Module):
         q, k, v = (t.view(n, T, -1, self.head_dim).transpose(1, 2) for t in (q, k, v))  # [n, H or Hk, T, D]
         q, k = rotate(torch.cat((q, k), 1), cos, sin).split((q.shape[1], k.shape[1]), 1)
         if cache:
-            out = self.attend(q, *cache.update(self.layer, k, v))
+            out = self.attend(q, *cache.update(layer, k, v))
         else:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).reshape(n, T, d))

@@ -68,17 +68,16 @@ class OLMoE(nn.Module):
 
     def hidden(self, tokens: Tensor, cache=None, route: Callable | None = None) -> Tensor:
         """As `forward`, but makes no prediction: returns the hidden states [rows, T, d] before the final norm."""
-        config = self.config
         start = cache.length if cache else 0
         end = start + tokens.shape[1]
-        if end > config.max_position_embeddings:
-            raise ValueError(f"{end} tokens are more than the model's context of {config.max_position_embeddings}")
+        if end > self.config.max_position_embeddings:
+            raise ValueError(f"{end} tokens are more than the model's context of {self.config.max_position_embeddings}")
         if cache and len(tokens) > 1:
             raise ValueError(f"a cache holds one text, not {len(tokens)}")
         if route is None:
-            route = lambda _, logits: top_k(logits, config.num_experts_per_tok, config.norm_topk_prob)
-        pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=self.device)
-        frequencies = 1.0 / config.rope_theta ** (pairs / config.head_dim)
+            route = lambda _, logits: top_k(logits, self.config.num_experts_per_tok, self.config.norm_topk_prob)
+        pairs = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=self.device)
+        frequencies = 1.0 / self.config.rope_theta ** (pairs / self.config.head_dim)
         angles = torch.arange(start, end, device=self.device)[:, None] * frequencies  # [T, D/2]
         cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
         x = self.model.embed_tokens(tokens)
@@ -100,39 +99,13 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x), layer, route)  # this may be [1, T, d] + [n, T, d]
 
 
-class Attention(nn.Module):
-    def __init__(self, config: Config):
-        super().__init__()
-        d, D, Hk = config.hidden_size, config.head_dim, config.num_key_value_heads
-        self.head_dim = D
-        self.clip = config.clip_qkv
-        self.q_proj = nn.Linear(d, d, bias=False)
-        self.k_proj = nn.Linear(d, Hk * D, bias=False)
-        self.v_proj = nn.Linear(d, Hk * D, bias=False)
-        self.o_proj = nn.Linear(d, d, bias=False)
-        self.q_norm = nn.RMSNorm(d, config.rms_norm_eps)  # OLMoE's: of the whole projection, before heads are split
-        self.k_norm = nn.RMSNorm(Hk * D, config.rms_norm_eps)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, cache) -> Tensor:
-        q, k, v = self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x)
-        if self.clip is not None:
-            q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
-        q, k, v = (t.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))  # [n, H or Hk, T, D]
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache:
-            out = attend(q, *cache.update(layer, k, v))
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
-
-
 def attend(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: Tensor) -> Tensor:
     """Causal attention to positions shared by all rows and to positions of the row's own, under one softmax.
 
     Args:
         q: queries [n, H, T, D]; the result has their shape.
         shared_k, shared_v: [1, Hk, S, D], read once for all rows and not copied.
-        own_k, own_v: [n, Hk, T, C, D], C positions for each query. With a `BranchingCache` T is 1, and it sees S + C.
+        own_k, own_v: [n, Hk, T, C, D], C positions for each query; with a `BranchingCache` T is 1, and none is masked.
 
     With a `SharedCache` and n rows each query has its own position as C = 1, and the last query's is left out of the
     shared ones. With one row nothing is left out, and C = 0. What T = 3 queries see (x) after a history of 4:
@@ -151,6 +124,33 @@ def attend(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: 
     out = torch.einsum("nhgts,hsd->nhgtd", of_shared, shared_v[0])
     out += torch.einsum("nhgtc,nhtcd->nhgtd", of_own, own_v)
     return out.flatten(1, 2)  # [n, H, T, D]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        d, D, Hk = config.hidden_size, config.head_dim, config.num_key_value_heads
+        self.head_dim = D
+        self.clip = config.clip_qkv
+        self.attend = attend  # or another with the same arguments
+        self.q_proj = nn.Linear(d, d, bias=False)
+        self.k_proj = nn.Linear(d, Hk * D, bias=False)
+        self.v_proj = nn.Linear(d, Hk * D, bias=False)
+        self.o_proj = nn.Linear(d, d, bias=False)
+        self.q_norm = nn.RMSNorm(d, config.rms_norm_eps)  # OLMoE's: of the whole projection, before heads are split
+        self.k_norm = nn.RMSNorm(Hk * D, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, cache) -> Tensor:
+        q, k, v = self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x)
+        if self.clip is not None:
+            q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
+        q, k, v = (t.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))  # [n, H or Hk, T, D]
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache:
+            out = self.attend(q, *cache.update(layer, k, v))
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class MoE(nn.Module):

@@ -101,28 +101,28 @@ def temperatures(config: Config, tau: float | Sequence[float] | None = None, ski
 # ---- 2.3 Efficient inference: n rosters as one batch ----------------------------------------------------------------
 
 
-def run_rosters(model: OLMoE, tokens: Tensor, cache, rosters: int, tau: list[float], seed: int, position: int, weights):
-    """n predictions at each of T tokens in one forward pass: ids [1, T] -> logits [n, T, V].
+def roster_route(model: OLMoE, positions: Sequence[int], rosters: int, tau, seed: int, weights: str) -> Callable | None:
+    """The routing of n rosters for tokens at T positions of a text, as `OLMoE.forward` takes it. None: plain routing.
 
-    All rosters are the same until the first layer with noise, and one row runs for them; its router returns n rows.
-    `position` is that of the first token in its text, for the noise. It is not `cache.length` where `score` reads a
-    long text in pieces. T > 1 needs a `SharedCache`, see `score`. For the other arguments see `predict`.
+    All rosters are the same until the first layer with noise, and one row runs for them; its router returns n rows. For
+    the arguments see `predict`.
     """
-    c = model.config
-    route = None  # plain routing, which is all that one roster needs
-    if rosters > 1 and any(tau):
-        positions = range(position, position + tokens.shape[1])
-        noise = torch.stack([gumbel(seed, p, rosters, c.num_hidden_layers, c.num_experts) for p in positions], 1)
-        noise *= torch.tensor(tau, dtype=torch.float32, device="cpu")[:, None]  # tau G [n, T, L, E]
-        noise[0] = 0  # row 0 is the clean path
-        noise = noise.to(model.device)
+    if rosters < 1 or weights not in ("perturbed", "clean"):
+        raise ValueError(f"rosters must be 1 or more, and weights perturbed or clean, not {rosters} and {weights!r}")
+    c, tau = model.config, temperatures(model.config, tau)
+    if rosters == 1 or not any(tau):
+        return None
+    noise = torch.stack([gumbel(seed, p, rosters, c.num_hidden_layers, c.num_experts) for p in positions], 1)
+    noise *= torch.tensor(tau, dtype=torch.float32, device="cpu")[:, None]  # tau G [n, T, L, E]
+    noise[0] = 0  # row 0 is the clean path
+    noise = noise.to(model.device)
 
-        def route(layer: int, logits: Tensor) -> tuple[Tensor, Tensor]:
-            if tau[layer] == 0:  # no branching here: as many rows come out as went in
-                return top_k(logits, c.num_experts_per_tok, c.norm_topk_prob)
-            return stochastic_route(logits, noise[:, :, layer], c.num_experts_per_tok, weights, c.norm_topk_prob)
+    def route(layer: int, logits: Tensor) -> tuple[Tensor, Tensor]:
+        if tau[layer] == 0:  # no branching here: as many rows come out as went in
+            return top_k(logits, c.num_experts_per_tok, c.norm_topk_prob)
+        return stochastic_route(logits, noise[:, :, layer], c.num_experts_per_tok, weights, c.norm_topk_prob)
 
-    return model(tokens, cache, route).expand(rosters, -1, -1)  # the model returns one row if no layer had noise
+    return route
 
 
 @torch.inference_mode()
@@ -140,12 +140,12 @@ def predict(model: OLMoE, tokens, cache, rosters: int, tau, seed: int, weights: 
     Raises ValueError: rosters below 1, unknown weights; more tokens than the context or the cache has room for (the
     cache may already hold some of them then).
     """
-    check_rosters(rosters, weights)
-    tokens, tau = as_ids(tokens, model.device)[None], temperatures(model.config, tau)
-    if tokens.shape[1] > 1:
+    tokens = as_ids(tokens, model.device)[None]
+    last = cache.length + tokens.shape[1] - 1
+    route = roster_route(model, [last], rosters, tau, seed, weights)
+    if last > cache.length:
         model.hidden(tokens[:, :-1], cache)  # one clean row, only to fill the cache
-    position = cache.length  # of the last token, since all before it are in the cache now
-    return run_rosters(model, tokens[:, -1:], cache, rosters, tau, seed, position, weights)[:, 0]
+    return model(tokens[:, -1:], cache, route).expand(rosters, -1, -1)[:, 0]  # one row if no layer had noise
 
 
 # ---- 3.1 Aggregation ------------------------------------------------------------------------------------------------
@@ -245,32 +245,26 @@ def score(
     Raises ValueError: fewer than two tokens, a cache and a text longer than the context, an unknown name, a number out
     of its range, predictions that are not finite.
     """
-    check_rosters(rosters, weights)
-    config, tau = model.config, temperatures(model.config, tau)
     tokens = as_ids(tokens, model.device, least=2)
-    counts = torch.arange(1, rosters + 1, dtype=torch.float32, device=model.device)[:, None]
-    chunk = max(1, 512 // int(rosters))  # bounds the rows times positions, and with them the memory
+    most = model.config.max_position_embeddings
+    chunk = max(1, 512 // max(1, int(rosters)))  # bounds the rows times positions, and with them the memory
     position = cache.length if cache else 0  # in the whole text, for the noise; `history` counts within a piece
-    most = config.max_position_embeddings
     scores = []
     for piece, targets in zip(tokens[:-1].split(most), tokens[1:].split(most)):
-        history = SharedCache(config, len(piece)) if cache is None else cache
+        history = SharedCache(model.config, len(piece)) if cache is None else cache
         for part, target in zip(piece.split(chunk), targets.split(chunk)):
-            logits = run_rosters(model, part[None], history, rosters, tau, seed, position, weights)
+            route = roster_route(model, range(position, position + len(part)), rosters, tau, seed, weights)
+            logits = model(part[None], history, route).expand(rosters, -1, -1)
             found = logits.float().log_softmax(-1).gather(-1, target.expand(rosters, -1)[..., None])[..., 0]
-            scores.append(found.logcumsumexp(0) - counts.log())  # the mean over the first 1, 2, ..., n rows
+            scores.append(found.logcumsumexp(0))
             if watch:
                 watch(logits, aggregate(logits), target, history)
             position += len(part)
-    scores = torch.cat(scores, 1)
+    counts = torch.arange(1, rosters + 1, dtype=torch.float32, device=model.device)
+    scores = torch.cat(scores, 1) - counts[:, None].log()  # of the mean over the first 1, 2, ..., n rows
     if scores.isnan().any():
         raise ValueError(NOT_FINITE)
     return scores
-
-
-def check_rosters(rosters: int, weights: str) -> None:
-    if rosters < 1 or weights not in ("perturbed", "clean"):
-        raise ValueError(f"rosters must be 1 or more, and weights perturbed or clean, not {rosters} and {weights!r}")
 
 
 def as_ids(tokens, device: torch.device, least: int = 1, most: int | None = None) -> Tensor:
@@ -357,8 +351,11 @@ def shade(text: str, seen: list[tuple]) -> str:
 
 def print_generation(args: argparse.Namespace, model: OLMoE, tokenizer: Tokenizer, tokens: list[int], tau) -> None:
     """Streams the text to standard output, then one line of statistics to standard error."""
-    ids, text, seen, shown = [], "", [], 0
     colours = args.show and sys.stdout and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    ids = []
+    text = ""
+    seen = []  # of each token: its rosters' agreement, whether they overruled the clean one, when, the cache's bytes
+    shown = 0  # of these
 
     def watch(logits, log_probs, tokens, cache):
         agreement = (logits.argmax(-1) == tokens).float().mean().item() if len(logits) > 1 else 1
@@ -378,10 +375,14 @@ def print_generation(args: argparse.Namespace, model: OLMoE, tokenizer: Tokenize
         if not seen:
             raise
     print(tokenizer.decode(ids)[len(text) :], flush=True)
-    _, overruled, times, nbytes = zip(*seen) if seen else ((0,), (0,), (0,), (0,))
-    speed = f", {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s" if len(times) > 1 else ""
-    stats = f"{len(ids)} tokens{speed}, rosters: {args.rosters[0]}, cache: {nbytes[-1]:,} bytes; the average "
-    print(f"{stats}overruled the clean roster on {sum(overruled)} of the tokens", file=sys.stderr)
+    stats = f"{len(ids)} tokens"
+    if len(seen) > 1:
+        stats += f", {(len(seen) - 1) / (seen[-1][2] - seen[0][2]):.1f} tokens/s"
+    if seen:
+        overruled = sum(overruled for _, overruled, *_ in seen)
+        stats += f", rosters: {args.rosters[0]}, cache: {seen[-1][3]:,} bytes; the average overruled the clean roster"
+        stats += f" on {overruled} of the tokens"
+    print(stats, file=sys.stderr)
 
 
 def print_perplexity(args: argparse.Namespace, model: OLMoE, tokenizer: Tokenizer, tokens: list[int], tau) -> None:
@@ -401,7 +402,9 @@ def main() -> None:
         sys.stdout.reconfigure(encoding=None if sys.stdout.isatty() else "utf-8", errors="replace")
     args = parse_arguments()
     try:  # all that can be refused is refused before weights are fetched or read
-        text, tau, device = read_text(args.prompt, args.ppl), read_tau(args.tau), pick_device(args.device)
+        text = read_text(args.prompt, args.ppl)
+        tau = read_tau(args.tau)
+        device = pick_device(args.device)
         source, folder, config, tokenizer = describe(args.model)
         if args.skip != 1 and (isinstance(tau, list) or tau is None and config.tau):
             raise ValueError("--skip is for one --tau; a file of temperatures says what every layer gets")
@@ -412,17 +415,14 @@ def main() -> None:
         tokens = tokenizer.encode(text, add_special_tokens=not args.chat).ids
         if max(tokens, default=0) >= config.vocab_size:
             raise ValueError(f"the text has the token id {max(tokens)}, but vocab_size is only {config.vocab_size}")
-        if args.ppl is None:
-            as_ids(tokens, device, most=config.max_position_embeddings)
-        else:
-            as_ids(tokens, device, least=2)
+        least = 1 if args.ppl is None else 2
+        most = config.max_position_embeddings if args.ppl is None else None
+        as_ids(tokens, device, least, most)
         if args.prompt is None and "\r" in text:
             print(f"{args.ppl!r} has carriage returns, as on Windows; they are scored as they are", file=sys.stderr)
         model = load_weights(source, config, device, args.dtype)
-        if args.ppl is None:
-            print_generation(args, model, tokenizer, tokens, tau)
-        else:
-            print_perplexity(args, model, tokenizer, tokens, tau)
+        run = print_generation if args.ppl is None else print_perplexity
+        run(args, model, tokenizer, tokens, tau)
     except BrokenPipeError:  # the reader has seen enough, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:

@@ -371,11 +371,10 @@ def check_parts() -> None:
         args = rows(n)[:, None], weights.bfloat16(), indices
         parts.append((f"SortedExperts, {n} rows", lambda args=args: experts(*args), lambda args=args: ordered(*args)))
     H, D = config.num_attention_heads, config.head_dim
-    quicker = cpu.attend_widely if cpu.widens_on(random(1)) else cpu.attend_in_blocks
     cases = [(attend, cpu.attend, n, T, 2048) for n, T in ((1, 1), (8, 1), (32, 1), (1, 128))]
-    cases += [(cpu.attend, quicker, 1, T, S) for T, S in ((2048, 2048), (1, 32), (1, 2048))]
-    if quicker is cpu.attend_widely:  # the other one leaves these to `cpu.attend`
-        cases += [(cpu.attend, quicker, n, 1, 2048) for n in (8, 32)]
+    cases += [(cpu.attend, cpu.quick_attend, 1, T, S) for T, S in ((2048, 2048), (1, 32), (1, 2048))]
+    if cpu.widens_on(random(1)):  # else it leaves these to `cpu.attend`
+        cases += [(cpu.attend, cpu.quick_attend, n, 1, 2048) for n in (8, 32)]
     for slow, fast, n, T, S in cases:
         # Of more memory than caches hold; and with room for more, since keys that fill it are read faster.
         shared = [random(1, H, S + 100, D)[:, :, :S] for _ in range(16 if T == 1 else 2)]

@@ -20,7 +20,7 @@ import bench
 import ports
 import roe
 from cache import SharedCache
-from fast.cpu import FastAttention
+from fast.cpu import quick_attend
 from fast.gpu import StackedExperts
 from load import load
 
@@ -136,7 +136,7 @@ def test_static_cache():
     cache.v[:, :, :, len(prompt) :] = torch.nan
     expected = roe.predict(model, [last], reference, n, tau, seed=3)
     for layer in model.model.layers:
-        layer.self_attn = FastAttention(layer.self_attn)
+        layer.self_attn.attend = quick_attend
     static, noise = captured.StaticCache(cache), captured.draw(model.config, n, tau, 3, [9])
     captured.use_static(model)
     logits = captured.decode(model, torch.tensor([[last]]), static, tau, noise)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import Attention, Experts, rotate
+from model import Experts
 
 
 class FastLinear(nn.Module):
@@ -68,31 +68,6 @@ def widens_on(weight: Tensor) -> bool:
     return weight.is_cpu and weight.itemsize == 2 and not supported()
 
 
-class FastAttention(nn.Module):
-    """`Attention`, with q and k rotated in one call, and an `attend` for the processor."""
-
-    def __init__(self, plain: Attention):
-        super().__init__()
-        self.head_dim, self.clip = plain.head_dim, plain.clip
-        self.q_norm, self.k_norm = plain.q_norm, plain.k_norm
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            setattr(self, name, FastLinear(getattr(plain, name).weight))
-        self.attend = attend_widely if widens_on(plain.q_proj.weight) else attend_in_blocks
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, cache) -> Tensor:
-        n, T, d = x.shape
-        q, k, v = self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x)
-        if self.clip is not None:
-            q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
-        q, k, v = (t.view(n, T, -1, self.head_dim).transpose(1, 2) for t in (q, k, v))  # [n, H or Hk, T, D]
-        q, k = rotate(torch.cat((q, k), 1), cos, sin).split((q.shape[1], k.shape[1]), 1)
-        if cache:
-            out = self.attend(q, *cache.update(layer, k, v))
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return self.o_proj(out.transpose(1, 2).reshape(n, T, d))
-
-
 def attend(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: Tensor) -> Tensor:
     """`model.attend` as keys times queries, which are few: 2.5 times as fast after 2,048 tokens, for 32 rows 1.8."""
     (n, H, T, D), (_, Hk, S, _) = q.shape, shared_k.shape
@@ -106,15 +81,24 @@ def attend(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: 
     return out.transpose(0, 1).reshape(n, H, T, D)
 
 
-def attend_in_blocks(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: Tensor) -> Tensor:
-    """`attend`, where one row alone is ordinary attention, for which PyTorch has a kernel: 1.8 times as fast
-    for one query after 32 tokens.
+def quick_attend(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: Tensor) -> Tensor:
+    """`model.attend` by what is quickest for these shapes on this device.
 
-    On CPUs the kernel is slow in bfloat16 and for one query after a history; for several after one it needs a mask.
+    One row alone is ordinary attention, for which PyTorch has a kernel: 1.8 times as fast for one query after 32
+    tokens. On CPUs it is slow in bfloat16 and for one query after a history; for several after one it needs a mask.
     There, blocks of 128 queries see no more keys than they need: 5 times as fast for a prompt of 2,048 tokens.
     """
-    T, S = q.shape[2], shared_k.shape[2]
-    if own_k.shape[3]:
+    (n, H, T, D), (_, Hk, S, _), C = q.shape, shared_k.shape, own_k.shape[3]
+    if widens_on(q):
+        if n * T > 1 or C:  # Held to AVX2, 50 times as fast for a prompt of 2,048 tokens, after as many 15 for 32 rows.
+            return quick_attend(*(part.float() for part in (q, shared_k, shared_v, own_k, own_v))).to(q.dtype)
+        if S < 256:
+            return F.scaled_dot_product_attention(q, shared_k, shared_v, enable_gqa=True)
+        # A single query converts nothing twice; products of a matrix and a vector make this 3 times as fast.
+        keys, values = ([part[0, h * Hk // H] for h in range(H)] for part in (shared_k, shared_v))
+        probs = torch.stack([k @ row for k, row in zip(keys, q.view(H, D) * D**-0.5)]).softmax(-1)
+        return torch.stack([v.T @ p for v, p in zip(values, probs)]).view(q.shape)
+    if C:
         return attend(q, shared_k, shared_v, own_k, own_v)
     slow = q.is_cpu and shared_k.numel() >= 2**18 and (T == 1 or q.dtype == torch.bfloat16)  # 128 tokens of OLMoE-1B-7B
     if T in (1, S) and not slow:
@@ -124,22 +108,6 @@ def attend_in_blocks(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tenso
         end += part.shape[2]
         out.append(attend(part, shared_k[:, :, :end], shared_v[:, :, :end], none, none))
     return torch.cat(out, 2)
-
-
-def attend_widely(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: Tensor) -> Tensor:
-    """`attend` on CPUs that multiply in float32 only: keys and values are converted once in a call, not for every row.
-
-    Held to AVX2, 50 times as fast for a prompt of 2,048 tokens; after as many, 3 times for one row, 15 times for 32.
-    """
-    (n, H, T, D), (_, Hk, S, _) = q.shape, shared_k.shape
-    if n * T > 1 or own_k.shape[3]:
-        return attend_in_blocks(*(part.float() for part in (q, shared_k, shared_v, own_k, own_v))).to(q.dtype)
-    if S < 256:
-        return F.scaled_dot_product_attention(q, shared_k, shared_v, enable_gqa=True)
-    # A single query converts nothing twice. What makes this fast is that all products are of a matrix and a vector.
-    keys, values = ([part[0, h * Hk // H] for h in range(H)] for part in (shared_k, shared_v))
-    probs = torch.stack([k @ row for k, row in zip(keys, q.view(H, D) * D**-0.5)]).softmax(-1)
-    return torch.stack([v.T @ p for v, p in zip(values, probs)]).view(q.shape)
 
 
 class SortedExperts(nn.Module):
@@ -170,20 +138,8 @@ class SortedExperts(nn.Module):
 
 
 def call_libc(name: str, *args: int) -> None:
-    """Calls a function of glibc; does nothing where there is none."""
+    """Calls a function of glibc, which manages memory; does nothing where there is none."""
     try:
         getattr(ctypes.CDLL(None), name)(*args)
     except (AttributeError, OSError, TypeError):  # another libc
         pass
-
-
-def give_back_memory() -> None:
-    """What was freed while matrices were packed lies in pieces, which glibc would keep: a third of a model."""
-    call_libc("malloc_trim", 0)
-
-
-def keep_memory() -> None:
-    """What is freed from now on stays with the process, to be used again: a prompt takes a tenth less time."""
-    trim_threshold, mmap_threshold = -1, -3  # as malloc.h numbers them
-    call_libc("mallopt", trim_threshold, 2**31 - 1)
-    call_libc("mallopt", mmap_threshold, 2**25)  # the highest there is

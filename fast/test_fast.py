@@ -13,17 +13,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 import model as plain_model
 import roe
 from cache import BranchingCache, SharedCache
-from fast import speed_up
-from fast.cpu import (
-    FastLinear,
-    SortedExperts,
-    attend,
-    attend_in_blocks,
-    attend_widely,
-    keep_memory,
-    packs_on,
-    widens_on,
-)
+from fast import keep_memory, speed_up
+from fast.cpu import FastLinear, SortedExperts, attend, packs_on, quick_attend, widens_on
 from fast.gpu import StackedExperts, groups_on
 from load import load
 from model import Config, Expert, Experts, OLMoE
@@ -42,6 +33,12 @@ from test_roe import (
 )
 
 
+def widen(monkeypatch):
+    """Makes of this processor one that multiplies in float32 only."""
+    monkeypatch.setattr("fast.cpu.packs_on", lambda _: False)
+    monkeypatch.setattr("fast.cpu.widens_on", lambda tensor: tensor.itemsize == 2)
+
+
 def refuse(*_):
     """Raises a RuntimeError, as an operator does."""
     return torch.empty(2, 3) @ torch.empty(2, 3)
@@ -53,15 +50,15 @@ def refuse(*_):
 @torch.inference_mode()
 def test_fast_equals_plain(tmp_path, monkeypatch, dtype, wide):
     """What `speed_up` replaces computes what the plain model does: prompts, long histories, one row and several."""
-    if wide:  # as on a processor that multiplies in float32 only
-        monkeypatch.setattr("fast.cpu.packs_on", lambda _: False)
-        monkeypatch.setattr("fast.cpu.widens_on", lambda _: True)
+    if wide:
+        widen(monkeypatch)
     hf = save(tmp_path, dtype, {"max_position_embeddings": 1024, "num_key_value_heads": 2})
     fast, plain, exact = (load(tmp_path, "cpu", *how)[0] for how in ((dtype,), (dtype, False), ("float32", False)))
     tokens, results = torch.tensor([random_tokens(620)]), []
     for model in (fast, plain, exact):
         cache = SharedCache(model.config, 620)
-        run = lambda i, j: roe.run_rosters(model, tokens[:, i:j], cache, 5, TAU, 0, i, "perturbed").flatten(0, 1)
+        route = lambda i, j: roe.roster_route(model, range(i, j), 5, TAU, 0, "perturbed")
+        run = lambda i, j: model(tokens[:, i:j], cache, route(i, j)).flatten(0, 1)
         parts = [model(tokens[:, :600], cache)[0], model(tokens[:, 600:610], cache)[0], run(610, 611), run(611, 616)]
         cache.length = 0
         results.append(torch.cat([*parts, run(0, 3)]).float())
@@ -125,11 +122,10 @@ def test_linear(monkeypatch, dtype, wide, lost):
     if lost:  # an operator that PyTorch does not document
         monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", refuse)
     weight = torch.randn(4000, 600).to(dtype)  # three blocks, the last one smaller
-    if wide:  # as on a processor that multiplies in float32 only
-        monkeypatch.setattr("fast.cpu.packs_on", lambda _: False)
-        monkeypatch.setattr("fast.cpu.widens_on", lambda _: True)
+    if wide:
+        widen(monkeypatch)
     linear = FastLinear(weight)
-    assert linear.wide or not wide
+    assert linear.wide or not wide or dtype == torch.float32
     rtol, atol = (0, 4e-4) if dtype == torch.float32 else (2**-8, 1e-3)
     for shape in ((1,), (2, 3), (1, 8), (40,)):
         x = torch.randn(*shape, 600).to(dtype)
@@ -137,13 +133,15 @@ def test_linear(monkeypatch, dtype, wide, lost):
         torch.testing.assert_close(linear(x).double(), exact, rtol=rtol, atol=atol)
 
 
-LONG = [(1, T, 600, 0, 256, 4, 2) for T in (1, 130, 600)]  # where `attend_in_blocks` does not ask PyTorch's kernel
+LONG = [(1, T, 600, 0, 256, 4, 2) for T in (1, 130, 600)]  # where `quick_attend` does not ask PyTorch's kernel
 
 
 @pytest.mark.parametrize("dtype, atol", ATTEND)
 @pytest.mark.parametrize("sizes", SIZES + LONG)
-@pytest.mark.parametrize("attend", (attend, attend_in_blocks, attend_widely))
-def test_attend(attend, sizes, dtype, atol):
+@pytest.mark.parametrize("attend, wide", ((attend, False), (quick_attend, False), (quick_attend, True)))
+def test_attend(monkeypatch, attend, wide, sizes, dtype, atol):
+    if wide:
+        widen(monkeypatch)
     check_attend(attend, sizes, dtype, atol)
 
 
@@ -161,7 +159,7 @@ def test_shapes_at_random(case):
     r = random.Random(case)
     heads, n, T, own = r.randint(1, 6), r.randint(1, 5), r.randint(1, 40), r.randint(0, 3)
     rows = r.choice(((1, T, T + r.randint(0, 300), 0), (n, T, T - 1 + r.randint(0, 300), 1), (n, 1, T - 1, 1 + own)))
-    for form in (plain_model.attend, attend, attend_in_blocks, attend_widely):
+    for form in (plain_model.attend, attend, quick_attend):
         check_attend(form, (*rows, 2 * r.randint(1, 16), heads * r.randint(1, 4), heads), torch.float32, 1e-5)
     count, size = r.randint(1, 9), 8 * r.randint(1, 6)
     torch.manual_seed(case)
@@ -192,7 +190,8 @@ def test_on_a_gpu_without_one(monkeypatch, fast):
             logits = roe.predict(model, [1, 2, 3], cache, 4, TAU, 0)
             assert logits.device.type == roe.aggregate(logits).device.type == "cuda" and logits.shape == (4, 304)
         cache = SharedCache(model.config, 40)
-        assert roe.run_rosters(model, roe.as_ids(range(20), model.device)[None], cache, 4, TAU, 0, 0, "clean").is_cuda
+        route = roe.roster_route(model, range(20), 4, TAU, 0, "clean")
+        assert model(roe.as_ids(range(20), model.device)[None], cache, route).is_cuda
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library is not glibc")

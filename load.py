@@ -24,7 +24,7 @@ from model import Config, OLMoE
 
 ROOT = Path(__file__).parent
 if (ROOT / "fast").is_dir():
-    from fast import speed_up
+    from fast import speed_up  # which puts faster parts in the place of model.py's
 else:
     speed_up = lambda model: model
 
@@ -120,7 +120,8 @@ def read_config(folder: Path) -> Config:
     ends = folder / "generation_config.json"
     eos = read_json(ends).get("eos_token_id") if ends.exists() else None
     eos = raw.get("eos_token_id") if eos is None else eos  # as in transformers, the other file comes first
-    eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not isinstance(eos, list):
+        eos = [] if eos is None else [eos]
     with using(folder / "config.json"):
         ropes = [raw[name] for name in ("rope_scaling", "rope_parameters") if raw.get(name)]  # transformers 4 and 5
         for part in (raw, *ropes):

@@ -36,6 +36,7 @@ class Config:
     tie_word_embeddings: bool = False
     eos_token_id: Sequence[int] = ()  # any of them ends a text
     tau: list[float] | None = None  # routing temperatures, one per layer: what a file tau.json beside the model says
+
     head_dim = property(lambda self: self.hidden_size // self.num_attention_heads)
 
 
@@ -78,8 +79,8 @@ class OLMoE(nn.Module):
             route = lambda _, logits: top_k(logits, self.config.num_experts_per_tok, self.config.norm_topk_prob)
         pairs = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=self.device)
         frequencies = 1.0 / self.config.rope_theta ** (pairs / self.config.head_dim)
-        angles = torch.arange(start, end, device=self.device)[:, None] * frequencies  # [T, D/2]
-        cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        angles = torch.arange(start, end, device=self.device)[:, None] * torch.cat((-frequencies, frequencies))
+        cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)  # [T, D]
         x = self.model.embed_tokens(tokens)
         for i, layer in enumerate(self.model.layers):
             x = layer(x, cos, sin, i, cache, route)
@@ -200,6 +201,5 @@ def top_k(logits: Tensor, k: int, normalize: bool = False) -> tuple[Tensor, Tens
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of x [..., T, D], by angles with cos and sin [T, D/2]: turns each pair (i, i + D/2)."""
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    """Rotary position embedding: turns each pair (i, i + D/2) of x [..., T, D]; cos and sin [T, D] as in `hidden`."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin

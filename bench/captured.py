@@ -78,6 +78,7 @@ def decode(model: OLMoE, token: Tensor, cache: StaticCache, tau: list[float], no
 
     pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=model.device)
     angles = cache.length[:, None] / config.rope_theta ** (pairs / config.head_dim)
+    angles = torch.cat((-angles, angles), -1)
     cos, sin = angles.cos().to(model.dtype), angles.sin().to(model.dtype)
     x = model.model.embed_tokens(token)
     for i, layer in enumerate(model.model.layers):

@@ -19,11 +19,11 @@ def speed_up(model):
     """
     for layer in model.model.layers:
         grouped = groups_on(layer.mlp.experts[0].up_proj.weight)
-        layer.mlp.experts = (StackedExperts if grouped else SortedExperts)(layer.mlp.experts)
-        layer.mlp.gate = FastLinear(layer.mlp.gate.weight)
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             setattr(layer.self_attn, name, FastLinear(getattr(layer.self_attn, name).weight))
         layer.self_attn.attend = quick_attend
+        layer.mlp.gate = FastLinear(layer.mlp.gate.weight)
+        layer.mlp.experts = (StackedExperts if grouped else SortedExperts)(layer.mlp.experts)
         call_libc("malloc_trim", 0)  # what was freed lies in pieces, which glibc would keep: a third of a model
     model.lm_head = FastLinear(model.lm_head.weight)
     keep_memory()

@@ -41,7 +41,7 @@ class SharedCache:
         if end > max_len:
             raise ValueError(f"the cache is full: it has room for {max_len} positions, not {end}")
         if self.nbytes == 0:
-            self.k, self.v = k.new_empty(2, *self.shape)
+            self.k, self.v = k.new_empty(self.shape), v.new_empty(self.shape)
             self.nbytes = 2 * self.k.nbytes
         self.k[layer, :, :, self.length : end] = k[:1]
         self.v[layer, :, :, self.length : end] = v[:1]

@@ -137,7 +137,8 @@ def read_config(folder: Path) -> Config:
         values = {}
         for field in fields(Config):
             value = raw.get(field.name, field.default)
-            if field.type in BOUNDS and value is not field.default:  # without a size, `Config` raises and names it
+            # All but eos_token_id and tau; where a size is missing, `Config` raises and names it.
+            if field.type in BOUNDS and value is not field.default:
                 low, high = BOUNDS[field.type]
                 kind = float if isinstance(low, float) and type(value) is int else type(value)  # 8 is a float, too
                 if kind is not type(low) or not low <= value <= high:

@@ -80,7 +80,7 @@ class OLMoE(nn.Module):
         pairs = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=self.device)
         frequencies = 1.0 / self.config.rope_theta ** (pairs / self.config.head_dim)
         angles = torch.arange(start, end, device=self.device)[:, None] * torch.cat((-frequencies, frequencies))
-        cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)  # [T, D]
+        cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)  # [T, D], the first D/2 sines negative
         x = self.model.embed_tokens(tokens)
         for i, layer in enumerate(self.model.layers):
             x = layer(x, cos, sin, i, cache, route)
@@ -108,8 +108,8 @@ def attend(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: 
         shared_k, shared_v: [1, Hk, S, D], read once for all rows and not copied.
         own_k, own_v: [n, Hk, T, C, D], C positions for each query; with a `BranchingCache` T is 1, and none is masked.
 
-    With a `SharedCache` and n rows each query has its own position as C = 1, and the last query's is left out of the
-    shared ones. With one row nothing is left out, and C = 0. What T = 3 queries see (x) after a history of 4:
+    With a `SharedCache` and n rows each query has its own position as C = 1: among the shared ones it would be row 0's.
+    So the last query's is left out there. With one row C = 0. What T = 3 queries see (x) after a history of 4:
         n rows, S = 6, C = 1     shared    own        one row, S = 7, C = 0     shared
         first query            x x x x . .  x         first query            x x x x x . .
         second                 x x x x x .  x         second                 x x x x x x .
@@ -171,8 +171,8 @@ class Experts(nn.ModuleList):
         """The weighted sum of the chosen experts' outputs, each read once: x [n, T, d], the others [n, T, k]."""
         out = torch.zeros_like(x)
         for e in indices.unique().tolist():
-            n, t, i = (indices == e).nonzero(as_tuple=True)
-            out[n, t] += weights[n, t, i, None] * self[e](x[n, t])
+            row, t, i = (indices == e).nonzero(as_tuple=True)
+            out[row, t] += weights[row, t, i, None] * self[e](x[row, t])
         return out
 
 

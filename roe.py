@@ -1,9 +1,9 @@
 """Roster of Experts: hyper-parallel scaling for mixture-of-experts language models (arXiv 2509.17238).
 
 A router sends each token to its top k of E experts and leaves the others idle. RoE adds Gumbel noise to the router's
-logits, so that other experts are chosen. A roster is the set of experts that one draw of noise selects in all layers.
-n rosters run for the same token, as the n rows of a batch, and their predictions are averaged. Row 0 is the clean path:
-it never gets noise.
+logits, so that other experts are chosen. A roster is the set of experts that one draw of noise selects in all layers,
+for one token. n rosters run for the same token, as the n rows of a batch, and their predictions are averaged. Row 0 is
+the clean path: it never gets noise.
 
 Section and equation numbers are the paper's. Shapes: n rosters, T positions, L layers, E experts, k experts per token,
 V tokens in the vocabulary.
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from cache import BranchingCache, SharedCache
 from load import chat_prompt, describe, load_weights, pick_device, read_tau, read_text
-from model import Config, OLMoE, top_k
+from model import Config, OLMoE
 
 NOT_FINITE = "the model's predictions are not finite: its weights are broken, or too large for its dtype"
 TAU = 0.2  # the default temperature; the paper finds values up to 0.5 useful, and larger ones always harmful
@@ -38,7 +38,7 @@ TAU = 0.2  # the default temperature; the paper finds values up to 0.5 useful, a
 
 
 def gumbel(seed: int, position: int, *shape: int) -> Tensor:
-    """The noise of a token: i.i.d. Gumbel(0, 1) of any shape, for rosters [n, L, E]; float32, on the CPU.
+    """The noise of a token: i.i.d. Gumbel(0, 1) of any shape, [n, L, E] for rosters; float32, on the CPU.
 
     Its bytes are the endless SHAKE-128 stream of the seed and of the token's position in its text. Fewer rosters read
     less of it, so that the noise of m rosters is that of the first m of n. All noise comes from here.
@@ -55,7 +55,7 @@ def stochastic_route(logits: Tensor, noise: Tensor, k: int, weights: str = "pert
 
     Args:
         logits: router logits R [n, T, E], or [1, T, E] as long as all rosters are the same.
-        noise: tau G [n, T, E], already multiplied, and 0 in row 0.
+        noise: tau G [n, T, E], already multiplied, and 0 in row 0; or 0.
         weights: what mixes the chosen experts' outputs. "perturbed": the softmax of R + tau G over all E. "clean": that
             of R. Equation 1 says only which experts run; the paper leaves the mixing open.
         normalize: scale the k weights of a token to sum to 1 (OLMoE's norm_topk_prob).
@@ -80,7 +80,7 @@ def temperatures(config: Config, tau: float | Sequence[float] | None = None, ski
     Args:
         tau: one value per layer, or a number for all but the first and last layers. None: the model's own values
             (`config.tau`), or 0.2 if it has none.
-        skip: layers at each end that get 0 where tau is a number; in the paper this is called L.
+        skip: layers at each end that get 0 where tau is a number; the paper's L, which is not that of the shapes here.
 
     Raises ValueError: a value that is not from 0 to 100, or not one per layer.
     """
@@ -102,10 +102,10 @@ def temperatures(config: Config, tau: float | Sequence[float] | None = None, ski
 
 
 def roster_route(model: OLMoE, positions: Sequence[int], rosters: int, tau, seed: int, weights: str) -> Callable | None:
-    """The routing of n rosters for tokens at T positions of a text, as `OLMoE.forward` takes it. None: plain routing.
+    """The routing of n rosters as `OLMoE.forward` takes it, for a pass over T tokens of these positions in their text.
 
-    All rosters are the same until the first layer with noise, and one row runs for them; its router returns n rows. For
-    the arguments see `predict`.
+    All rosters are the same until the first layer with noise, and one row runs for them; its router returns n rows.
+    None is plain routing, if no layer has noise. For the other arguments see `predict`.
     """
     if rosters < 1 or weights not in ("perturbed", "clean"):
         raise ValueError(f"rosters must be 1 or more, and weights perturbed or clean, not {rosters} and {weights!r}")
@@ -118,9 +118,8 @@ def roster_route(model: OLMoE, positions: Sequence[int], rosters: int, tau, seed
     noise = noise.to(model.device)
 
     def route(layer: int, logits: Tensor) -> tuple[Tensor, Tensor]:
-        if tau[layer] == 0:  # no branching here: as many rows come out as went in
-            return top_k(logits, c.num_experts_per_tok, c.norm_topk_prob)
-        return stochastic_route(logits, noise[:, :, layer], c.num_experts_per_tok, weights, c.norm_topk_prob)
+        added = noise[:, :, layer] if tau[layer] else 0  # 0: as many rows come out as went in, the path does not branch
+        return stochastic_route(logits, added, c.num_experts_per_tok, weights, c.norm_topk_prob)
 
     return route
 
@@ -135,7 +134,7 @@ def predict(model: OLMoE, tokens, cache, rosters: int, tau, seed: int, weights: 
         tau, weights: see `temperatures` and `stochastic_route`, which takes the weights by name.
         seed: of the noise, see `gumbel`.
 
-    Runs in inference mode; a later `model(..., cache)` on the same cache must do so, too.
+    Runs in inference mode, and so must whatever else writes to the same cache, whose memory is made in that mode.
 
     Raises ValueError: rosters below 1, unknown weights; more tokens than the context or the cache has room for (the
     cache may already hold some of them then).
@@ -180,7 +179,7 @@ def generate(
     log_probs is the average that it was chosen from.
 
     Raises ValueError, with the first token: an empty prompt, one longer than the context, an unknown name, a number out
-    of its range, predictions that are not finite.
+    of its range; with any token: predictions that are not finite.
     """
     config, tau = model.config, temperatures(model.config, tau)
     tokens = as_ids(tokens, model.device, most=config.max_position_embeddings)
@@ -193,7 +192,7 @@ def generate(
         cache = BranchingCache(config, max_len, rosters, shared, first_noisy)
     else:
         cache = SharedCache(config, max_len)
-    for position in range(len(tokens) - 1, max_len):  # of the newest token that is read
+    for position in range(len(tokens) - 1, max_len):  # that of the last token read so far
         logits = predict(model, tokens, cache, rosters, tau, seed, weights)
         log_probs = aggregate(logits)
         token = choose(log_probs, temperature, top_p, seed, position)
@@ -240,7 +239,7 @@ def score(
 
     Returns:
         log-probabilities [n, T - 1] of tokens[1:] in float32; row m - 1 is, but for rounding, what `generate` with m
-        rosters and the Clean Cache would choose from, token by token.
+        rosters and the Clean Cache would choose from, token by token (in a long text up to the end of its first piece).
 
     Raises ValueError: fewer than two tokens, a cache and a text longer than the context, an unknown name, a number out
     of its range, predictions that are not finite.
@@ -428,7 +427,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         fail(error)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and ("memory" not in str(error) or "illegal" in str(error)):
             raise
         fail("there is not enough memory; give fewer --rosters, a shorter text, or --dtype bfloat16")
     except KeyboardInterrupt:

@@ -1479,6 +1479,9 @@ def test_running_out_of_memory(cli, forced):
         forced("a", "xx", end=error)
         status, _, err = cli("--prompt", "x")
         assert status == 2 and "there is not enough memory; give fewer --rosters" in err and err.count("\n") == 1
+    forced("a", "xx", end=RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal"):  # a fault of ours, not of the user's
+        cli("--prompt", "x")
     forced("a", "xx", end=RuntimeError("another one"))
     with pytest.raises(RuntimeError, match="another one"):
         cli("--prompt", "x")

@@ -213,45 +213,43 @@ def add_rows(layer: Attention, rosters: Rosters) -> None:
 def attend(layer: Attention, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, blocks: Tensor, lengths: list) -> Tensor:
     """Noisy queries [requests, rows, H, D] see the clean history and their own key and value, under one softmax.
 
-    The rows are so many queries to one history, which stays in its blocks and in its dtype: scores and outputs are
-    computed for each block, and the softmax, in float32, joins the blocks.
+    The rows are so many queries to one history, which stays in its dtype; the softmax is in float32. In the cache the
+    history is followed by the clean row's own key and value: in their column the noisy rows' own take their place.
     """
-    requests, heads, size, longest = len(k), k.shape[2], cache.shape[2], max(lengths)
-    past_k, past_v = read(layer, cache, blocks[:, : -(-longest // size)])
-    by_block = requests, len(past_k) // (requests * heads), heads
+    requests, rows, heads = k.shape[:3]
+    past_k, past_v = read(layer, cache, blocks[:, : max(lengths) // cache.shape[2] + 1])
     q = q.unflatten(2, (heads, -1)).transpose(1, 2)  # [requests, Hk, rows, g, D]
     k, v = (x.transpose(1, 2).unsqueeze(3).float() for x in (k, v))
-    past = q.flatten(2, 3).unsqueeze(1).expand(*by_block, -1, -1).flatten(0, 2) @ past_k
-    past = contiguous(past.unflatten(0, by_block).permute(0, 2, 3, 1, 4), torch.float32).view(*q.shape[:-1], -1)
-    scores = torch.cat((past, (q * k).sum(-1, keepdim=True)), -1).mul_(layer.impl.scale)
+    last = torch.tensor(lengths, device=q.device).view(-1, 1, 1, 1)
+    column = last.expand(-1, heads, q[0, 0, ..., 0].numel(), -1)
+    scores = (q.flatten(2, 3) @ past_k).float()
+    scores.scatter_(-1, column, (q * k).sum(-1).view(column.shape)).mul_(layer.impl.scale)
     if cap := getattr(layer.impl, "logits_soft_cap", None):
         scores = cap * (scores / cap).tanh()
-    distance = torch.tensor(lengths, device=q.device)[:, None] - torch.arange(past.shape[-1], device=q.device)
-    hidden = (distance < 1) | (distance >= (layer.sliding_window or longest + 1))
-    scores[..., :-1].masked_fill_(hidden[:, None, None, None], -torch.inf)
+    distance = last - torch.arange(scores.shape[-1], device=q.device)
+    hidden = (distance < 0) | (distance >= (layer.sliding_window or max(lengths) + 1))
+    scores += torch.zeros(hidden.shape, device=q.device).masked_fill_(hidden, -torch.inf)
     if (sinks := getattr(layer.impl, "sinks", None)) is not None:  # takes part in the softmax, and has no value
-        scores = torch.cat((scores, sinks.float().view(heads, 1, -1, 1).expand(*scores.shape[:-1], 1)), -1)
-    weights = scores.softmax(-1)
-    past, own = weights[..., : past.shape[-1]].unflatten(-1, (-1, size)), weights[..., past.shape[-1], None]
-    past = contiguous(past.flatten(2, 3).permute(0, 3, 1, 2, 4), past_v.dtype).flatten(0, 2) @ past_v
-    out = past.unflatten(0, by_block).sum(1, dtype=torch.float32).view(q.shape) + own * v
-    return out.transpose(1, 2).flatten(2, 3)
-
-
-def contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same in another dtype and in the order of its shape, by one copy."""
-    return x.new_empty(x.shape, dtype=dtype).copy_(x)
+        sinks = sinks.float().view(heads, 1, -1).expand(requests, -1, rows, -1)
+        scores = torch.cat((scores, sinks.reshape(column.shape)), -1)
+    weights = scores.softmax(-1)[..., : past_k.shape[-1]]
+    own = weights.gather(-1, column).view(*q.shape[:-1], 1)
+    past = weights.scatter_(-1, column, 0).to(past_v.dtype) @ past_v
+    return (past.view(q.shape) + own * v).transpose(1, 2).flatten(2, 3)
 
 
 def read(layer: Attention, cache: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """All keys [requests * blocks * Hk, D, size] and values [requests * blocks * Hk, size, D] in these blocks."""
-    blocks, (_, heads, size, width) = blocks.flatten(), cache.shape  # a cache is [blocks, Hk, size, 2 * D]
-    if layer.get_attn_backend().get_name() == "CPU_ATTN":  # for each block and head all keys, transposed, then values
-        rows = (heads * blocks[:, None] + torch.arange(heads)).flatten()
-        keys, values = (x.index_select(0, rows) for x in cache.view(-1, 2, size * width // 2).unbind(1))
-        return keys.unflatten(1, (-1, size)), values.unflatten(1, (size, -1))
-    keys, values = cache.index_select(0, blocks).flatten(0, 1).chunk(2, -1)
-    return keys.mT, values
+    """All keys [requests, Hk, D, tokens] and values [requests, Hk, tokens, D] in these blocks [requests, blocks]."""
+    heads, size, width = cache.shape[1:]  # a cache is [blocks, Hk, size, 2 * D]
+    each = torch.arange(heads, device=blocks.device)[:, None]
+    if layer.get_attn_backend().get_name() != "CPU_ATTN":
+        keys, values = cache[blocks[:, None], each].flatten(2, 3).chunk(2, -1)
+        return keys.mT, values
+    rows = heads * blocks[:, None] + each  # for each block and head all keys, transposed, then values
+    each = width * rows.unsqueeze(2) + torch.arange(width // 2)[:, None]
+    keys = cache.view(-1, size).index_select(0, each.flatten())
+    values = cache.view(-1, 2, size * width // 2)[:, 1].index_select(0, rows.flatten())
+    return keys.view(*each.shape[:3], -1), values.view(*rows.shape[:2], -1, width // 2)
 
 
 def __getattr__(name: str) -> type:

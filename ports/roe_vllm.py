@@ -174,7 +174,7 @@ def similar(lengths: list[int]) -> list[list[int]]:
     """Requests by index, in groups: little is padded to a group's longest history, and a group takes little memory."""
     groups = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if not groups or lengths[i] > 2 * lengths[groups[-1][0]] + 128 or len(groups[-1]) * lengths[i] > 2**11:
+        if not groups or lengths[i] > 2 * lengths[groups[-1][0]] + 128 or len(groups[-1]) * lengths[i] > 2**13:
             groups.append([])
         groups[-1].append(i)
     return groups
@@ -220,15 +220,14 @@ def attend(layer: Attention, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, blo
     past_k, past_v = read(layer, cache, blocks[:, : max(lengths) // cache.shape[2] + 1])
     q = q.unflatten(2, (heads, -1)).transpose(1, 2)  # [requests, Hk, rows, g, D]
     k, v = (x.transpose(1, 2).unsqueeze(3).float() for x in (k, v))
-    last = torch.tensor(lengths, device=q.device).view(-1, 1, 1, 1)
-    column = last.expand(-1, heads, q[0, 0, ..., 0].numel(), -1)
+    column = torch.tensor(lengths, device=q.device).view(-1, 1, 1, 1).expand(-1, heads, q[0, 0, ..., 0].numel(), -1)
     scores = (q.flatten(2, 3) @ past_k).float()
     scores.scatter_(-1, column, (q * k).sum(-1).view(column.shape)).mul_(layer.impl.scale)
     if cap := getattr(layer.impl, "logits_soft_cap", None):
         scores = cap * (scores / cap).tanh()
-    distance = last - torch.arange(scores.shape[-1], device=q.device)
-    hidden = (distance < 0) | (distance >= (layer.sliding_window or max(lengths) + 1))
-    scores += torch.zeros(hidden.shape, device=q.device).masked_fill_(hidden, -torch.inf)
+    for seen, length in zip(scores, lengths):
+        seen[..., length + 1 :] = -torch.inf
+        seen[..., : max(0, length + 1 - (layer.sliding_window or length + 1))] = -torch.inf
     if (sinks := getattr(layer.impl, "sinks", None)) is not None:  # takes part in the softmax, and has no value
         sinks = sinks.float().view(heads, 1, -1).expand(requests, -1, rows, -1)
         scores = torch.cat((scores, sinks.reshape(column.shape)), -1)

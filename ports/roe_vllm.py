@@ -174,7 +174,7 @@ def similar(lengths: list[int]) -> list[list[int]]:
     """Requests by index, in groups: little is padded to a group's longest history, and a group takes little memory."""
     groups = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if not groups or lengths[i] > 2 * lengths[groups[-1][0]] + 128 or len(groups[-1]) * lengths[i] > 2**13:
+        if not groups or lengths[i] > 2 * lengths[groups[-1][0]] + 128 or len(groups[-1]) * lengths[i] > 2**12:
             groups.append([])
         groups[-1].append(i)
     return groups

@@ -201,10 +201,10 @@ def beside(system: str, python: str, dtypes: tuple[str, ...], repeats: int = 3) 
 
 def requests(python: str) -> list[tuple[dict, Callable]]:
     """Several requests in vLLM."""
-    run = lambda model, *each: compare({"vllm": python}, model, "bfloat16", tasks(*each), 2)
+    run = lambda model, *each: compare({"vllm": python}, model, "bfloat16", tasks(*each), 3)
     return [
         ({"model": "embedded"}, lambda: run(None, (1, 4, 8), (32,), (1, 8, 32))),
-        ({"model": "small"}, lambda: run((8, SMALL), (1, 8), (1500,), (1, 8))),
+        ({"model": "small"}, lambda: run((8, SMALL), (1, 8), (32, 1500), (1, 8))),
     ]
 
 

@@ -136,11 +136,12 @@ def table_ports() -> str:
 
 def requests(model: str) -> str:
     """Milliseconds of a decoding step of all requests together, and in brackets as times of plain vLLM's."""
-    ms = {(x["requests"], x["n"]): x["ms"] for x in found("vllm", model=model)}
+    ms = {((x["length"], x["requests"]), x["n"]): x["ms"] for x in found("vllm", model=model)}
     counts, rows = list(dict.fromkeys(n for _, n in ms)), []
-    for r in dict.fromkeys(r for r, _ in ms):
-        cells = (f"{bench.number(ms[r, n])} ({ms[r, n] / ms[r, 1]:.1f})" for n in counts[1:])
-        rows.append([f"{r} request{'s' * (r > 1)}", bench.number(ms[r, 1]), *cells])
+    for case in dict.fromkeys(case for case, _ in ms):
+        cells = (f"{bench.number(ms[case, n])} ({ms[case, n] / ms[case, 1]:.1f})" for n in counts[1:])
+        length, r = case
+        rows.append([f"{r} request{'s' * (r > 1)} after {length:,} tokens", bench.number(ms[case, 1]), *cells])
     return markdown(["rosters", *counts], rows)
 
 

@@ -238,5 +238,5 @@ def test_what_is_measured(monkeypatch):
     embedded, small = asked[8:]
     assert embedded[:2] == ({"vllm": "v"}, None) and embedded[3][-1] == {"n": 8, "length": 32, "requests": 32}
     assert {(task["n"], task["length"], task["requests"]) for task in small[3]} == {
-        (n, 1500, requests) for n in (1, 8) for requests in (1, 8)
+        (n, length, requests) for n in (1, 8) for length in (32, 1500) for requests in (1, 8)
     }

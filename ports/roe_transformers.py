@@ -32,7 +32,7 @@ OURS = {"sdpa": "roe_sdpa", "eager": "roe_eager"}  # names of attention function
 
 
 def gumbel(seed: int, position: int, *shape: int) -> Tensor:
-    """The noise of a token: i.i.d. Gumbel(0, 1) of any shape, for rosters [n, L, E]; float32, on the CPU.
+    """The noise of a token: i.i.d. Gumbel(0, 1) of any shape, [n, L, E] for rosters; float32, on the CPU.
 
     Its bytes are the endless SHAKE-128 stream of the seed and of the token's position in its text. Fewer rosters read
     less of it, so that the noise of m rosters is that of the first m of n. All noise comes from here.

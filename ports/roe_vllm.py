@@ -36,7 +36,7 @@ READABLE = "CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLEX_ATTENTION"  # attentio
 
 
 def gumbel(seed: int, position: int, *shape: int) -> Tensor:
-    """The noise of a token: i.i.d. Gumbel(0, 1) of any shape, for rosters [n, L, E]; float32, on the CPU.
+    """The noise of a token: i.i.d. Gumbel(0, 1) of any shape, [n, L, E] for rosters; float32, on the CPU.
 
     Its bytes are the endless SHAKE-128 stream of the seed and of the token's position in its text. Fewer rosters read
     less of it, so that the noise of m rosters is that of the first m of n. All noise comes from here.
@@ -174,7 +174,7 @@ def similar(lengths: list[int]) -> list[list[int]]:
     """Requests by index, in groups: little is padded to a group's longest history, and a group takes little memory."""
     groups = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if not groups or lengths[i] > 2 * lengths[groups[-1][0]] + 128 or len(groups[-1]) * lengths[i] > 2**12:
+        if not groups or lengths[i] > 2 * lengths[groups[-1][0]] + 128 or len(groups[-1]) * lengths[i] > 2**11:
             groups.append([])
         groups[-1].append(i)
     return groups

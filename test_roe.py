@@ -337,6 +337,7 @@ def test_a_new_model_learns():
         optimizer.step()
     assert abs(losses[0].item() - math.log(304)) < 0.5 and losses[-1] < 0.2
     assert all(parameter.grad is not None for name, parameter in model.named_parameters() if ".experts." not in name)
+    torch.testing.assert_close(model(tokens, SharedCache(model.config, 16)), model(tokens), **CLOSE)  # with gradients
 
 
 # ---- Noise and stochastic routing, against the closed form ----------------------------------------------------------

@@ -408,7 +408,7 @@ def main() -> None:
         if args.skip != 1 and (isinstance(tau, list) or tau is None and config.tau):
             raise ValueError("--skip is for one --tau; a file of temperatures says what every layer gets")
         tau = temperatures(config, tau, args.skip)
-        if args.skip != 1 and not any(tau):
+        if args.skip != 1 and 2 * args.skip >= config.num_hidden_layers:
             raise ValueError("--skip leaves no layer with noise; give fewer")
         text = chat_prompt(folder, text) if args.chat else text
         tokens = tokenizer.encode(text, add_special_tokens=not args.chat).ids

@@ -1453,6 +1453,7 @@ def test_default_temperatures(cli, small, tmp_path):
     assert cli(*options, "--tau", 0.9)[1] != text
     refused(cli(*options, "--skip", 0), "--skip is for one --tau")
     refused(cli(*options, "--tau", 0.5, "--skip", 2), "--skip leaves no layer with noise")
+    assert cli(*options, "--tau", 0, "--skip", 0)[0] == 0  # no noise, but not for want of a layer
 
 
 def test_optimised_python_and_texts_that_begin_with_a_dash(cli):

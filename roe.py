@@ -414,9 +414,10 @@ def main() -> None:
         tokens = tokenizer.encode(text, add_special_tokens=not args.chat).ids
         if max(tokens, default=0) >= config.vocab_size:
             raise ValueError(f"the text has the token id {max(tokens)}, but vocab_size is only {config.vocab_size}")
-        least = 1 if args.ppl is None else 2
-        most = config.max_position_embeddings if args.ppl is None else None
-        as_ids(tokens, device, least, most)
+        if args.ppl is None:
+            as_ids(tokens, device, most=config.max_position_embeddings)
+        else:
+            as_ids(tokens, device, least=2)
         if args.prompt is None and "\r" in text:
             print(f"{args.ppl!r} has carriage returns, as on Windows; they are scored as they are", file=sys.stderr)
         model = load_weights(source, config, device, args.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import roe
 from cache import SharedCache
-from model import Config, OLMoE, top_k
+from model import Config, OLMoE
 
 
 class StaticCache:
@@ -72,9 +72,8 @@ def decode(model: OLMoE, token: Tensor, cache: StaticCache, tau: list[float], no
     config, k, normalize = model.config, model.config.num_experts_per_tok, model.config.norm_topk_prob
 
     def route(layer: int, logits: Tensor) -> tuple[Tensor, Tensor]:
-        if len(noise) == 1 or tau[layer] == 0:
-            return top_k(logits, k, normalize)
-        return roe.stochastic_route(logits, noise[:, :, layer], k, normalize=normalize)
+        added = noise[:, :, layer] if tau[layer] else 0  # of one roster it is 0, too
+        return roe.stochastic_route(logits, added, k, normalize=normalize)
 
     pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=model.device)
     angles = cache.length[:, None] / config.rope_theta ** (pairs / config.head_dim)

@@ -138,10 +138,10 @@ def requests(model: str) -> str:
     """Milliseconds of a decoding step of all requests together, and in brackets as times of plain vLLM's."""
     ms = {((x["length"], x["requests"]), x["n"]): x["ms"] for x in found("vllm", model=model)}
     counts, rows = list(dict.fromkeys(n for _, n in ms)), []
-    for case in dict.fromkeys(case for case, _ in ms):
-        cells = (f"{bench.number(ms[case, n])} ({ms[case, n] / ms[case, 1]:.1f})" for n in counts[1:])
-        length, r = case
-        rows.append([f"{r} request{'s' * (r > 1)} after {length:,} tokens", bench.number(ms[case, 1]), *cells])
+    for length, r in dict.fromkeys(case for case, _ in ms):
+        plain, *others = (ms[(length, r), n] for n in counts)
+        cells = (f"{bench.number(x)} ({x / plain:.1f})" for x in others)
+        rows.append([f"{r} request{'s' * (r > 1)} after {length:,} tokens", bench.number(plain), *cells])
     return markdown(["rosters", *counts], rows)
 
 

@@ -7,7 +7,7 @@ import os
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch's switch for huge pages, read when it first allocates
 
-from .cpu import FastLinear, SortedExperts, call_libc, quick_attend
+from .cpu import FastLinear, SortedExperts, give_back_memory, keep_memory, quick_attend
 from .gpu import StackedExperts, groups_on
 
 
@@ -17,6 +17,7 @@ def speed_up(model):
     On a CPU matrices are packed, all in bfloat16 and large ones in float32: they can no longer be moved, converted or
     copied, and parameters lose the names that they have in checkpoints.
     """
+    model.lm_head = FastLinear(model.lm_head.weight)
     for layer in model.model.layers:
         grouped = groups_on(layer.mlp.experts[0].up_proj.weight)
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
@@ -24,15 +25,6 @@ def speed_up(model):
         layer.self_attn.attend = quick_attend
         layer.mlp.gate = FastLinear(layer.mlp.gate.weight)
         layer.mlp.experts = (StackedExperts if grouped else SortedExperts)(layer.mlp.experts)
-        call_libc("malloc_trim", 0)  # what was freed lies in pieces, which glibc would keep: a third of a model
-    model.lm_head = FastLinear(model.lm_head.weight)
+        give_back_memory()
     keep_memory()
     return model
-
-
-def keep_memory() -> None:
-    """What is freed from now on stays with the process, to be used again: a prompt takes a tenth less time."""
-    trim_threshold, mmap_threshold = -1, -3  # as malloc.h numbers them
-    call_libc("malloc_trim", 0)
-    call_libc("mallopt", trim_threshold, 2**31 - 1)
-    call_libc("mallopt", mmap_threshold, 2**25)  # the highest there is

@@ -2,6 +2,7 @@
 
 import copy
 import ctypes
+import itertools
 import random
 from types import SimpleNamespace
 
@@ -13,8 +14,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 import model as plain_model
 import roe
 from cache import BranchingCache, SharedCache
-from fast import keep_memory, speed_up
-from fast.cpu import FastLinear, SortedExperts, attend, packs_on, quick_attend, widens_on
+from fast import speed_up
+from fast.cpu import FastLinear, SortedExperts, attend, keep_memory, packs_on, quick_attend, widens_on
 from fast.gpu import StackedExperts, groups_on
 from load import load
 from model import Config, Expert, Experts, OLMoE
@@ -33,10 +34,19 @@ from test_roe import (
 )
 
 
+def wide_attend(*args):
+    """`quick_attend` as on a processor that multiplies in float32 only: widened once, if from float32, too."""
+    answers = itertools.chain((True,), itertools.repeat(False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fast.cpu.widens_on", lambda _: next(answers))
+        return quick_attend(*args)
+
+
 def widen(monkeypatch):
-    """Makes of this processor one that multiplies in float32 only."""
+    """Makes of this processor one that multiplies in float32 only, whatever the dtype of a model is."""
     monkeypatch.setattr("fast.cpu.packs_on", lambda _: False)
-    monkeypatch.setattr("fast.cpu.widens_on", lambda tensor: tensor.itemsize == 2)
+    monkeypatch.setattr("fast.cpu.widens_on", lambda _: True)
+    monkeypatch.setattr("fast.quick_attend", wide_attend)
 
 
 def refuse(*_):
@@ -125,7 +135,7 @@ def test_linear(monkeypatch, dtype, wide, lost):
     if wide:
         widen(monkeypatch)
     linear = FastLinear(weight)
-    assert linear.wide or not wide or dtype == torch.float32
+    assert linear.wide or not wide
     rtol, atol = (0, 4e-4) if dtype == torch.float32 else (2**-8, 1e-3)
     for shape in ((1,), (2, 3), (1, 8), (40,)):
         x = torch.randn(*shape, 600).to(dtype)
@@ -138,10 +148,8 @@ LONG = [(1, T, 600, 0, 256, 4, 2) for T in (1, 130, 600)]  # where `quick_attend
 
 @pytest.mark.parametrize("dtype, atol", ATTEND)
 @pytest.mark.parametrize("sizes", SIZES + LONG)
-@pytest.mark.parametrize("attend, wide", ((attend, False), (quick_attend, False), (quick_attend, True)))
-def test_attend(monkeypatch, attend, wide, sizes, dtype, atol):
-    if wide:
-        widen(monkeypatch)
+@pytest.mark.parametrize("attend", (attend, quick_attend, wide_attend))
+def test_attend(attend, sizes, dtype, atol):
     check_attend(attend, sizes, dtype, atol)
 
 
@@ -159,7 +167,7 @@ def test_shapes_at_random(case):
     r = random.Random(case)
     heads, n, T, own = r.randint(1, 6), r.randint(1, 5), r.randint(1, 40), r.randint(0, 3)
     rows = r.choice(((1, T, T + r.randint(0, 300), 0), (n, T, T - 1 + r.randint(0, 300), 1), (n, 1, T - 1, 1 + own)))
-    for form in (plain_model.attend, attend, quick_attend):
+    for form in (plain_model.attend, attend, quick_attend, wide_attend):
         check_attend(form, (*rows, 2 * r.randint(1, 16), heads * r.randint(1, 4), heads), torch.float32, 1e-5)
     count, size = r.randint(1, 9), 8 * r.randint(1, 6)
     torch.manual_seed(case)

@@ -240,15 +240,15 @@ def attend(layer: Attention, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, blo
 def read(layer: Attention, cache: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
     """All keys [requests, Hk, D, tokens] and values [requests, Hk, tokens, D] in these blocks [requests, blocks]."""
     heads, size, width = cache.shape[1:]  # a cache is [blocks, Hk, size, 2 * D]
-    each = torch.arange(heads, device=blocks.device)[:, None]
+    head = torch.arange(heads, device=blocks.device)[:, None]
     if layer.get_attn_backend().get_name() != "CPU_ATTN":
-        keys, values = cache[blocks[:, None], each].flatten(2, 3).chunk(2, -1)
+        keys, values = cache[blocks[:, None], head].flatten(2, 3).chunk(2, -1)
         return keys.mT, values
-    rows = heads * blocks[:, None] + each  # for each block and head all keys, transposed, then values
-    each = width * rows.unsqueeze(2) + torch.arange(width // 2)[:, None]
-    keys = cache.view(-1, size).index_select(0, each.flatten())
+    rows = heads * blocks[:, None] + head  # for each block and head all keys, transposed, then values
+    lines = width * rows.unsqueeze(2) + torch.arange(width // 2)[:, None]  # [requests, Hk, D, blocks], of keys
+    keys = cache.view(-1, size).index_select(0, lines.flatten())
     values = cache.view(-1, 2, size * width // 2)[:, 1].index_select(0, rows.flatten())
-    return keys.view(*each.shape[:3], -1), values.view(*rows.shape[:2], -1, width // 2)
+    return keys.view(*lines.shape[:3], -1), values.view(*rows.shape[:2], -1, width // 2)
 
 
 def __getattr__(name: str) -> type:

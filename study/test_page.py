@@ -80,10 +80,12 @@ def text(browser, css):
 
 def press(browser, key, css=None):
     """Presses a key where the focus is, or in this element."""
-    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver import ActionChains, Keys
 
-    element = browser.find_element("css selector", css) if css else browser.switch_to.active_element
-    element.send_keys(getattr(Keys, key))
+    if css:
+        browser.find_element("css selector", css).send_keys(getattr(Keys, key))
+    else:  # not sent to an element: a button that has just been disabled keeps the focus for a moment, and takes none
+        ActionChains(browser).send_keys(getattr(Keys, key)).perform()
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ silently wrong is refused by name. Other errors are wrapped by `using`, which ad
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -34,7 +34,7 @@ DESCRIPTION += ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 HINT = "download or save the model again, as save_pretrained writes it: whole, adapters merged, with tokenizer.json"
 SMALL, MOST_BYTES = 2**26, 2**24  # bytes of a small model; of a text
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 # What config.json may say, by the type of a field in `Config`. Nothing within these bounds overflows: not the product
 # of two sizes, not a power of rope_theta, not clip_qkv in float16, which alone may be null.
@@ -181,34 +181,28 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 def load_weights(source, config: Config, device="auto", dtype="auto", fast: bool = True) -> OLMoE:
     """The model of this source and `Config`, see `describe`. Arguments and errors as those of `load`."""
     kind = getattr(torch, str(dtype).removeprefix("torch."), None)
-    if dtype != "auto" and kind not in DTYPES.values():
+    if dtype != "auto" and kind not in DTYPES:
         raise ValueError(f"dtype {dtype} is unknown; use auto, bfloat16, float16 or float32")
     device = pick_device(device)
-    folder, stored = stored_tensors(source)
+    folder, files = fetch_weights(source)
+    headers = read_parameters(files, config, "meta")
     with using(folder):  # before a weight is read: what is missing, unexpected or of the wrong shape
-        headers = by_parameter(((name, torch.empty(shape, device="meta")) for _, name, shape, _ in stored), config)
         if 3 * config.num_hidden_layers * config.num_experts > len(headers):  # would take ages to lay out
             raise ValueError(f"it has no weights for {config.num_hidden_layers} layers of {config.num_experts} experts")
         with torch.device("meta"):
             model = OLMoE(config).requires_grad_(False)
         model.load_state_dict(headers, assign=True)
-        for _, name, _, stored_as in stored:
-            if stored_as not in DTYPES:
-                raise ValueError(f"{name} is stored as {stored_as}; only {', '.join(DTYPES)} are implemented")
     if dtype == "auto":
-        small = device.type == "cpu" and sum(file.stat().st_size for file in {file for file, *_ in stored}) < SMALL
-        stored_as = next(stored_as for _, name, _, stored_as in stored if name in (EMBEDDING, HEAD))
-        kind = torch.float32 if small else DTYPES[stored_as]
-    model.load_state_dict(by_parameter(read_tensors(stored, device, kind), config), assign=True)
-    if config.tie_word_embeddings:  # `assign` has made two parameters of the tensor
-        model.model.embed_tokens.weight = model.lm_head.weight
+        small = device.type == "cpu" and sum(file.stat().st_size for file in files) < SMALL
+        kind = torch.float32 if small else model.dtype
+    model.load_state_dict(read_parameters(files, config, device, kind), assign=True)
     return speed_up(model) if fast else model
 
 
-def stored_tensors(source) -> tuple[Path, list[tuple[Path, str, list[int], str]]]:
-    """A model's folder, and (file, name, shape, dtype name) of each tensor in its safetensors or the index's shards."""
+def fetch_weights(source) -> tuple[Path, list[Path]]:
+    """A model's folder, and in it the model's safetensors or the index's shards."""
     source, folder = fetch(source, [SINGLE, INDEX])
-    stored, shards = [], [SINGLE]
+    shards = [SINGLE]
     if not os.path.lexists(folder / SINGLE):
         index = read_json(folder / INDEX)
         with using(folder / INDEX):
@@ -217,45 +211,40 @@ def stored_tensors(source) -> tuple[Path, list[tuple[Path, str, list[int], str]]
                 if not re.fullmatch(r"[\w.-]+\.safetensors", name):
                     raise ValueError(f"it lists {name!r}, which is no safetensors file beside it")
         fetch(source, shards)
-    for file in (folder / name for name in shards):
-        with using(file), safe_open(file, "pt") as opened:
-            tensors = [(name, opened.get_slice(name)) for name in opened.keys()]
-            stored += [(file, name, tensor.get_shape(), tensor.get_dtype()) for name, tensor in tensors]
-    return folder, [tensor for tensor in stored if not tensor[1].endswith("rotary_emb.inv_freq")]  # of old versions
+    return folder, [folder / name for name in shards]
 
 
-def read_tensors(stored: list, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The name and the values of each tensor that `stored_tensors` found."""
-    opened = {}
-    for file, name, *_ in tqdm(stored, desc="loading", unit="tensor", leave=False, delay=1, disable=None):
-        with using(file):
-            if file not in opened:
-                opened[file] = safe_open(file, "pt", backend="pread")  # the pages of a mapped file would stay in memory
-            tensor = opened[file].get_tensor(name).to(device, dtype)
-            low, high = tensor.aminmax()  # of which one is not finite if any value is not
-            if not (low.isfinite() and high.isfinite()):
-                raise ValueError(f"{name} has values that are not finite, or too large for {dtype}")
-        yield name, tensor
+def read_parameters(files: list[Path], config: Config, device, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """All tensors by the names of parameters: fused experts [E, ...] one by one, a tied head for both.
 
-
-def by_parameter(tensors: Iterable[tuple[str, Tensor]], config: Config) -> dict[str, Tensor]:
-    """A checkpoint's tensors by the names of parameters: fused experts [E, ...] one by one, a tied head for both."""
+    For the device "meta" no values are read, only what the headers of the files say.
+    """
     state, E = {}, config.num_experts
-    for name, tensor in tensors:
-        found = {name: tensor}
-        prefix, _, fused = name.rpartition(".")
-        if prefix.endswith(".experts") and tensor.dim() == 3 and len(tensor) == E:
-            parts = fused.removesuffix("_proj").split("_")  # gate_up_proj [E, 2I, d]: gate, up; down_proj: down
-            pieces = list(zip(parts, tensor.chunk(len(parts), 1)))
-            found = {f"{prefix}.{e}.{part}_proj.weight": piece[e] for part, piece in pieces for e in range(E)}
-        if twice := found.keys() & state.keys():
-            raise ValueError(f"{min(twice)} is stored twice")
-        state |= found
-    if config.tie_word_embeddings:  # either may be stored, for both; if none is, load_state_dict refuses the None
-        embedding = state.setdefault(EMBEDDING, state.get(HEAD))
-        head = state.setdefault(HEAD, embedding)
-        if head is not embedding and not head.is_meta and not head.equal(embedding):
+    for file in files:
+        with using(file):
+            backend = "mmap" if device == "meta" else "pread"  # what is read from a mapped file would stay in memory
+            opened = safe_open(file, "pt", backend=backend)
+            names = [name for name in opened.keys() if not name.endswith("rotary_emb.inv_freq")]  # of old versions
+            for name in tqdm(names, desc=file.name, unit="tensor", leave=False, delay=1, disable=None):
+                tensor = torch.nn.Parameter(opened.get_tensor(name).to(device, dtype), requires_grad=False)
+                if tensor.dtype not in DTYPES:
+                    raise ValueError(f"{name} is stored as {tensor.dtype}; only {short(DTYPES)} are implemented")
+                if not (tensor.is_meta or torch.stack(tensor.aminmax()).isfinite().all()):
+                    raise ValueError(f"{name} has values that are not finite, or too large for {dtype}")
+                found = {name: tensor}
+                prefix, _, fused = name.rpartition(".")
+                if prefix.endswith(".experts") and tensor.dim() == 3 and len(tensor) == E:
+                    parts = fused.removesuffix("_proj").split("_")  # gate_up_proj [E, 2I, d]: gate, up; down_proj: down
+                    pieces = zip(parts, tensor.chunk(len(parts), 1))
+                    found = {f"{prefix}.{e}.{part}_proj.weight": piece[e] for part, piece in pieces for e in range(E)}
+                if twice := found.keys() & state.keys():
+                    raise ValueError(f"{min(twice)} is stored twice")
+                state |= found
+    if config.tie_word_embeddings:  # either may be stored, for both; load_state_dict refuses None
+        tied = [state[name] for name in (EMBEDDING, HEAD) if name in state] or [None]
+        if device != "meta" and not tied[0].equal(tied[-1]):
             raise ValueError(f"config.json says that embeddings are tied, but there is another {HEAD}")
+        state |= dict.fromkeys((EMBEDDING, HEAD), tied[0])  # one parameter
     return state
 
 

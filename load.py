@@ -134,18 +134,15 @@ def read_config(folder: Path) -> Config:
             raw |= rope
         if raw.get("num_key_value_heads") is None:
             raw["num_key_value_heads"] = raw.get("num_attention_heads")
-        values = {}
-        for field in fields(Config):
-            value = raw.get(field.name, field.default)
-            # All but eos_token_id and tau; where a size is missing, `Config` raises and names it.
-            if field.type in BOUNDS and value is not field.default:
-                low, high = BOUNDS[field.type]
-                kind = float if isinstance(low, float) and type(value) is int else type(value)  # 8 is a float, too
-                if kind is not type(low) or not low <= value <= high:
-                    what = f"of type {type(low).__name__}, from {low} to {high}"
-                    raise ValueError(f"{field.name} must be {what}, not {short(value)}")
-                values[field.name] = value
-        c = Config(**values, eos_token_id=[i for i in eos if type(i) is int and 0 <= i < values["vocab_size"]])
+        known = {field.name: field for field in fields(Config) if field.type in BOUNDS}  # all but eos_token_id and tau
+        c = Config(**{name: raw[name] for name in known if name in raw})  # where a size is missing, it raises
+        for name, field in known.items():
+            value = getattr(c, name)
+            low, high = BOUNDS[field.type]
+            kind = float if isinstance(low, float) and type(value) is int else type(value)  # 8 is a float, too
+            if value is not field.default and (kind is not type(low) or not low <= value <= high):
+                raise ValueError(f"{name} must be of type {type(low).__name__}, {low} to {high}, not {short(value)}")
+        c.eos_token_id = [i for i in eos if type(i) is int and 0 <= i < c.vocab_size]  # others end no text
         for wrong, sentence in (
             (c.num_experts_per_tok > c.num_experts, "num_experts_per_tok must not exceed num_experts"),
             (c.hidden_size % (2 * c.num_attention_heads), "hidden_size / num_attention_heads must be an even number"),

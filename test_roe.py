@@ -1825,7 +1825,7 @@ BAD_MODELS = {
 for file in ("config.json", INDEX, SHARD, SINGLE):
     BAD_MODELS[f"{file} is a pipe"] = pipe(file), f"{file} is not a regular file"
     BAD_MODELS[f"{file} is a circle"] = link(file, file), f"{file} cannot be used: "
-SIZE, NUMBER = "int, from 1 to 1073741824", "float, from 1e-30 to 1e+18"
+SIZE, NUMBER = "int, 1 to 1073741824", "float, 1e-30 to 1e+18"
 for name, kind, *values in (
     ("num_hidden_layers", SIZE, 0),
     ("num_experts", SIZE, None),
@@ -1834,8 +1834,8 @@ for name, kind, *values in (
     ("num_key_value_heads", SIZE, True),
     ("vocab_size", SIZE, "304"),
     ("max_position_embeddings", SIZE, 2**30 + 1),
-    ("norm_topk_prob", "bool, from False to True", "false", 0),
-    ("clip_qkv", "float, from 1e-30 to 65504", -1, math.nan, 65505, True),
+    ("norm_topk_prob", "bool, False to True", "false", 0),
+    ("clip_qkv", "float, 1e-30 to 65504", -1, math.nan, 65505, True),
     ("rms_norm_eps", NUMBER, -1),
     ("rope_theta", NUMBER, 0, -1.0, math.nan, 2**64, None),
 ):

@@ -57,7 +57,6 @@ def load(source=None, device="auto", dtype="auto", fast: bool = True) -> tuple[O
     Raises FileNotFoundError: a file, a directory or a hub id that is not there or cannot be read; ValueError: a file
     that is broken or asks for what is not implemented, tensors that do not fit, an unknown device or dtype.
     """
-    device = pick_device(device)
     source, folder, config, tokenizer = describe(source)
     return load_weights(source, config, device, dtype, fast), tokenizer
 
@@ -248,9 +247,8 @@ def pick_device(name) -> torch.device:
     """A torch.device from its name; "auto": a GPU if there is one."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     with using(f"device {name}", "try cpu"):
-        zero = torch.zeros(1, device=name)
-        zero.item()  # "meta" has devices, but no data
-        return zero.device
+        torch.zeros(1, device=name).item()  # "meta" has devices, but no data
+        return torch.device(name)
 
 
 # ---- What the command line gives ------------------------------------------------------------------------------------

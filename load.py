@@ -75,15 +75,15 @@ def describe(source=None) -> tuple[str | Path | None, Path, Config, Tokenizer]:
 def fetch(source: str | Path | None, names: list[str]) -> tuple[str | Path | None, Path]:
     """The source of a model and its folder. If `source` is a hub id, its files of these names are fetched first."""
     folder = ROOT / "tiny" if source is None else os.path.expanduser(source)
-    hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(source))
-    if hub_id and not os.path.isdir(folder):
+    if not os.path.isdir(folder):
+        hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(source))
+        if hub_id is None:
+            raise FileNotFoundError(f"there is no directory {source}, and it is not a hub id (organisation/name)")
         from huggingface_hub import snapshot_download  # comes with tokenizers; imported here since it is slow to import
 
         with using(source, "it is not a directory, and the hub does not deliver it"):
             folder = snapshot_download(hub_id[1], revision=hub_id[2], allow_patterns=names)
         source = f"{hub_id[1]}@{os.path.basename(folder)}"  # a snapshot's folder is named by its commit
-    elif not os.path.isdir(folder):
-        raise FileNotFoundError(f"there is no directory {source}, and it is not a hub id (organisation/name)")
     for file in (Path(folder, name) for name in names):
         if file.exists() and not file.is_file():  # reading from a pipe or a device may never end
             raise ValueError(f"{file} is not a regular file")

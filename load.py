@@ -164,8 +164,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     settings = read_json(more) if more.exists() else {}
     with using(more):
         for index, token in settings.get("added_tokens_decoder", {}).items():
-            if int(index) not in tokenizer.get_added_tokens_decoder():
-                tokenizer.add_tokens([AddedToken(**token)])
+            tokenizer.add_tokens([AddedToken(**token)])  # as transformers; nothing happens if it has this one
             if tokenizer.token_to_id(token["content"]) != int(index):
                 raise ValueError(f"the token {token['content']!r} cannot have the id {index}")
         if settings.get("add_prefix_space") and tokenizer.encode("x").ids != tokenizer.encode(" x").ids:

@@ -1011,10 +1011,16 @@ def test_what_tokenizer_config_adds(small, tmp_path):
     config.write_text(json.dumps(added("<|user|>", 256)))
     ids = read_tokenizer(tmp_path).encode(text).ids
     assert ids == AutoTokenizer.from_pretrained(tmp_path)(text).input_ids and 256 in ids and len(ids) == 3
+    tokenizer = read_tokenizer(tmp_path)
+    tokenizer.add_tokens(["<|user|>"])  # not special: tokenizer_config.json has the last word
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokenizer, theirs = read_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.encode(text).ids == ids
+    assert tokenizer.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == "ab"
     for settings, sentence in (
         (added("<|user|>", 300), "the token '<|user|>' cannot have the id 300"),
         ({"add_prefix_space": True}, "add_prefix_space is not implemented"),
-        ({"added_tokens_decoder": {"x": {}}}, "tokenizer_config.json: invalid literal for int()"),
+        ({"added_tokens_decoder": {"x": {"content": "y"}}}, "tokenizer_config.json: invalid literal for int()"),
     ):
         config.write_text(json.dumps(settings))
         with pytest.raises(ValueError, match=re.escape(sentence)):

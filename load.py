@@ -178,7 +178,10 @@ def load_weights(source, config: Config, device="auto", dtype="auto", fast: bool
     if dtype != "auto" and kind not in DTYPES:
         raise ValueError(f"dtype {dtype} is unknown; use auto, bfloat16, float16 or float32")
     device = pick_device(device)
-    folder, files = fetch_weights(source)
+    source, folder = fetch(source, [SINGLE, INDEX])
+    shards = [SINGLE] if os.path.lexists(folder / SINGLE) else read_index(folder / INDEX)
+    fetch(source, shards)
+    files = [folder / name for name in shards]
     headers = read_parameters(files, config, "meta")
     with using(folder):  # before a weight is read: what is missing, unexpected or of the wrong shape
         if 3 * config.num_hidden_layers * config.num_experts > len(headers):  # would take ages to lay out
@@ -193,31 +196,26 @@ def load_weights(source, config: Config, device="auto", dtype="auto", fast: bool
     return speed_up(model) if fast else model
 
 
-def fetch_weights(source) -> tuple[Path, list[Path]]:
-    """A model's folder, and in it the model's safetensors or the index's shards."""
-    source, folder = fetch(source, [SINGLE, INDEX])
-    shards = [SINGLE]
-    if not os.path.lexists(folder / SINGLE):
-        index = read_json(folder / INDEX)
-        with using(folder / INDEX):
-            shards = sorted(set(index["weight_map"].values()))
-            for name in shards:
-                if not re.fullmatch(r"[\w.-]+\.safetensors", name):
-                    raise ValueError(f"it lists {name!r}, which is no safetensors file beside it")
-        fetch(source, shards)
-    return folder, [folder / name for name in shards]
+def read_index(file: Path) -> list[str]:
+    """The names of the safetensors files that hold a model's weights."""
+    index = read_json(file)
+    with using(file):
+        shards = sorted(set(index["weight_map"].values()))
+        for name in shards:
+            if not re.fullmatch(r"[\w.-]+\.safetensors", name):
+                raise ValueError(f"it lists {name!r}, which is no safetensors file beside it")
+        return shards
 
 
 def read_parameters(files: list[Path], config: Config, device, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """All tensors by the names of parameters: fused experts [E, ...] one by one, a tied head for both.
 
-    For the device "meta" no values are read, only what the headers of the files say.
+    For the device "meta" no values are read. Else files are not mapped: pages that are read would stay in memory.
     """
     state, E = {}, config.num_experts
     for file in files:
         with using(file):
-            backend = "mmap" if device == "meta" else "pread"  # what is read from a mapped file would stay in memory
-            opened = safe_open(file, "pt", backend=backend)
+            opened = safe_open(file, "pt", backend="mmap" if device == "meta" else "pread")
             names = [name for name in opened.keys() if not name.endswith("rotary_emb.inv_freq")]  # of old versions
             for name in tqdm(names, desc=file.name, unit="tensor", leave=False, delay=1, disable=None):
                 tensor = torch.nn.Parameter(opened.get_tensor(name).to(device, dtype), requires_grad=False)

@@ -258,8 +258,7 @@ def chat_prompt(folder: Path, message: str) -> str:
     if file.exists():  # comes first
         template = file.read_text(errors="replace")
     if set(re.findall(r"<\|\w+\|>", template)) - {"<|system|>", "<|endoftext|>"} != {"<|user|>", "<|assistant|>"}:
-        what = "another chat template than OLMoE's" if template else "no chat template"
-        raise ValueError(f"--chat: {folder} has {what}; ports/roe_transformers.py --chat renders any")
+        raise ValueError(f"--chat: no chat template as OLMoE's in {folder}; ports/roe_transformers.py --chat takes any")
     return f"<|endoftext|><|user|>\n{message}\n<|assistant|>\n"
 
 

@@ -1250,7 +1250,7 @@ def test_prompt_from_standard_input_and_chat(cli, small, tmp_path):
     expect = lambda ids: tokenizer.decode(generated(small.model, ids, max_new_tokens=20)) + "\n"
     for stdin in ("x = é", "x = é\n", "x = é\r\n"):
         assert cli(*options, stdin=stdin.encode())[1] == expect(tokenizer.encode("x = é").ids)  # after an "a"
-    refused(cli(*options, "--chat"), "has no chat template; ports/roe_transformers.py --chat renders any")
+    refused(cli(*options, "--chat"), "; ports/roe_transformers.py --chat takes any")
     chat_ml = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
     phi = "<|user|>\n{{ messages[0].content }}<|end|>\n<|assistant|>"
     chat = tokenizer.encode("<|endoftext|><|user|>\nx = é\n<|assistant|>\n", add_special_tokens=False).ids
@@ -1258,11 +1258,11 @@ def test_prompt_from_standard_input_and_chat(cli, small, tmp_path):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
         result = cli(*options, "--chat", stdin="x = é\n".encode())
         if template in (chat_ml, phi):
-            refused(result, "has another chat template than OLMoE's")
+            refused(result, "no chat template as OLMoE's")
         else:
             assert result[:2] == (0, expect(chat))
     (tmp_path / "chat_template.jinja").write_text(chat_ml)  # comes first
-    refused(cli(*options, "--chat"), "has another chat template than OLMoE's")
+    refused(cli(*options, "--chat"), "no chat template as OLMoE's")
 
 
 def test_show_shades_on_a_terminal_only(cli, monkeypatch):

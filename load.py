@@ -1,8 +1,7 @@
 """From files to a model: config.json, safetensors weights and tokenizer.json, as Hugging Face writes them.
 
-They come from a directory, from the Hugging Face hub, or from `tiny/`, the model embedded in this repository. All of it
-is checked before the first weight is read; on the hub, what can be is checked before weights are fetched. What would be
-silently wrong is refused by name. Other errors are wrapped by `using`, which adds the name of the file.
+They come from a directory, from the hub, or from `tiny/`, the model embedded in this repository. What can be checked is
+checked before weights are fetched or read. What would be silently wrong is refused by name; for all else see `using`.
 """
 
 import json
@@ -51,8 +50,7 @@ def load(source=None, device="auto", dtype="auto", fast: bool = True) -> tuple[O
         device: "cpu", "cuda", "cuda:1" ...; "auto": a GPU if there is one.
         dtype: "bfloat16", "float16" or "float32"; "auto": as the weights are stored, but on CPUs float32 for a model
             of less than 64 MB, whose small matrices they multiply faster in it.
-        fast: with what the folder fast/ does, if it is there: for inference only; it cannot be moved, converted, copied
-            or trained afterwards. False: the plain model, which can.
+        fast: with what fast/ does, if it is there; then for inference only, and not to be moved, converted or copied.
 
     Raises FileNotFoundError: a file, a directory or a hub id that is not there or cannot be read; ValueError: a file
     that is broken or asks for what is not implemented, tensors that do not fit, an unknown device or dtype.
@@ -248,11 +246,8 @@ def pick_device(name) -> torch.device:
         return torch.device(name)
 
 
-# ---- What the command line gives ------------------------------------------------------------------------------------
-
-
 def chat_prompt(folder: Path, message: str) -> str:
-    """A message as the OLMoE Instruct models expect it, if the model's own template has their tags and no other."""
+    """A message with --chat, as OLMoE Instruct expects it, if the model's own template has its tags and no other."""
     file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     template = str(read_json(config).get("chat_template") or "") if config.exists() else ""  # or several with names
     if file.exists():  # comes first

@@ -7,7 +7,6 @@ checked before weights are fetched or read. What would be silently wrong is refu
 import json
 import os
 import re
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -16,7 +15,6 @@ from reprlib import repr as short
 import torch
 from safetensors import safe_open
 from tokenizers import AddedToken, Tokenizer
-from torch import Tensor
 from tqdm import tqdm
 
 from model import Config, OLMoE
@@ -89,7 +87,7 @@ def fetch(source: str | Path | None, names: list[str]) -> tuple[str | Path | Non
 
 
 @contextmanager
-def using(what: object, hint: str = HINT) -> Iterator[None]:
+def using(what: object, hint: str = HINT):
     """Whatever goes wrong with a file, or what else is given by name, ends in one error that names it."""
     try:
         yield
@@ -205,7 +203,7 @@ def read_index(file: Path) -> list[str]:
         return shards
 
 
-def read_parameters(files: list[Path], config: Config, device, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def read_parameters(files: list[Path], config: Config, device, dtype=None) -> dict[str, torch.Tensor]:
     """All tensors by the names of parameters: fused experts [E, ...] one by one, a tied head for both.
 
     For the device "meta" no values are read. Else files are not mapped: pages that are read would stay in memory.

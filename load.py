@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from reprlib import repr as short
 
+import huggingface_hub  # comes with tokenizers, and itself imports nothing before it is used
 import torch
 from safetensors import safe_open
 from tokenizers import AddedToken, Tokenizer
@@ -75,10 +76,8 @@ def fetch(source: str | Path | None, names: list[str]) -> tuple[str | Path | Non
         hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(source))
         if hub_id is None:
             raise FileNotFoundError(f"there is no directory {source}, and it is not a hub id (organisation/name)")
-        from huggingface_hub import snapshot_download  # comes with tokenizers; imported here since it is slow to import
-
         with using(source, "it is not a directory, and the hub does not deliver it"):
-            folder = snapshot_download(hub_id[1], revision=hub_id[2], allow_patterns=names)
+            folder = huggingface_hub.snapshot_download(hub_id[1], revision=hub_id[2], allow_patterns=names)
         source = f"{hub_id[1]}@{os.path.basename(folder)}"  # a snapshot's folder is named by its commit
     for file in (Path(folder, name) for name in names):
         if file.exists() and not file.is_file():  # reading from a pipe or a device may never end

@@ -7,7 +7,7 @@ checked before weights are fetched or read. What would be silently wrong is refu
 import json
 import os
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from reprlib import repr as short
@@ -98,13 +98,10 @@ def using(what: object, hint: str = HINT):
         raise ValueError(f"{what} cannot be used: {type(error).__name__}: {error}; {hint}") from error
 
 
-def read_json(file: Path, kind: type = dict, hint: str = HINT) -> dict | list:
-    """A file that holds a JSON object, as a dict, or a list."""
-    with using(file, hint):
-        value = json.loads(file.read_bytes())
-        if not isinstance(value, kind):
-            raise TypeError(f"not a JSON {'object' if kind is dict else 'list'}")
-        return value
+def read_json(file: Path) -> dict:
+    """What a file holds as a JSON object."""
+    with using(file):
+        return {**json.loads(file.read_bytes())}  # Python raises if it is something else
 
 
 def read_config(folder: Path) -> Config:
@@ -271,10 +268,10 @@ def read_text(prompt: str | None, file: str | None) -> str:
 
 def read_tau(argument: str | None) -> float | list[float] | None:
     """What --tau stands for: a number, or else a JSON file with a list of one per layer."""
-    try:
+    with suppress(ValueError):
         return None if argument is None else float(argument)
-    except ValueError:
-        values = read_json(Path(argument), list, "tau takes a number, or a JSON file with a list of one per layer")
-    if not all(type(value) in (int, float) for value in values):
-        raise ValueError(f"{argument}: tau must be numbers from 0 to 100, not {short(values)}")
-    return values
+    with using(argument, "tau takes a number, or a JSON file with a list of one per layer"):
+        values = json.loads(Path(argument).read_bytes())
+        if not (isinstance(values, list) and all(type(value) in (int, float) for value in values)):
+            raise ValueError(f"tau must be a list of numbers from 0 to 100, not {short(values)}")
+        return values

@@ -33,8 +33,7 @@ HINT = "download or save the model again, as save_pretrained writes it: whole, a
 SMALL, MOST_BYTES = 2**26, 2**24  # bytes of a small model; of a text
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
-# What config.json may say, by the type of a field in `Config`. Nothing within these bounds overflows: not the product
-# of two sizes, not a power of rope_theta, not clip_qkv in float16, which alone may be null.
+# By a field's type in `Config`: within these bounds no product of sizes, no power of rope_theta, no float16 overflows.
 BOUNDS = {int: (1, 2**30), bool: (False, True), float: (1e-30, 1e18), float | None: (1e-30, 65504)}
 IMPLEMENTED = {"model_type": "olmoe", "hidden_act": "silu", "attention_bias": False, "quantization_config": None}
 ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
@@ -108,10 +107,9 @@ def read_config(folder: Path) -> Config:
     """config.json as a `Config`. What it asks for beyond OLMoE as published is refused by name."""
     raw = {"model_type": None} | read_json(folder / "config.json")  # None is refused below
     ends = folder / "generation_config.json"
-    eos = read_json(ends).get("eos_token_id") if ends.exists() else None
-    eos = raw.get("eos_token_id") if eos is None else eos  # as in transformers, the other file comes first
-    if not isinstance(eos, list):
-        eos = [] if eos is None else [eos]
+    files = [read_json(ends), raw] if ends.exists() else [raw]  # in the order in which transformers asks them
+    eos = next((file["eos_token_id"] for file in files if file.get("eos_token_id") is not None), [])
+    eos = eos if isinstance(eos, list) else [eos]
     with using(folder / "config.json"):
         ropes = [raw[name] for name in ("rope_scaling", "rope_parameters") if raw.get(name)]  # transformers 4 and 5
         for part in (raw, *ropes):

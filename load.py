@@ -188,9 +188,8 @@ def load_weights(source, config: Config, device="auto", dtype="auto", fast: bool
 
 def read_index(file: Path) -> list[str]:
     """The names of the safetensors files that hold a model's weights."""
-    index = read_json(file)
     with using(file):
-        shards = sorted(set(index["weight_map"].values()))
+        shards = sorted(set(json.loads(file.read_bytes())["weight_map"].values()))
         for name in shards:
             if not re.fullmatch(r"[\w.-]+\.safetensors", name):
                 raise ValueError(f"it lists {name!r}, which is no safetensors file beside it")
@@ -241,9 +240,8 @@ def pick_device(name) -> torch.device:
 def chat_prompt(folder: Path, message: str) -> str:
     """A message with --chat, as OLMoE Instruct expects it, if the model's own template has its tags and no other."""
     file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    template = str(read_json(config).get("chat_template") or "") if config.exists() else ""  # or several with names
-    if file.exists():  # comes first
-        template = file.read_text(errors="replace")
+    settings = read_json(config) if config.exists() else {}
+    template = file.read_text(errors="replace") if file.exists() else str(settings.get("chat_template"))
     if set(re.findall(r"<\|\w+\|>", template)) - {"<|system|>", "<|endoftext|>"} != {"<|user|>", "<|assistant|>"}:
         raise ValueError(f"--chat: no chat template as OLMoE's in {folder}; ports/roe_transformers.py --chat takes any")
     return f"<|endoftext|><|user|>\n{message}\n<|assistant|>\n"

@@ -31,7 +31,7 @@ DESCRIPTION += ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 HINT = "download or save the model again, as save_pretrained writes it: whole, adapters merged, with tokenizer.json"
 SMALL, MOST_BYTES = 2**26, 2**24  # bytes of a small model; of a text
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 # By a field's type in `Config`: within these bounds no product of sizes, no power of rope_theta, no float16 overflows.
 BOUNDS = {int: (1, 2**30), bool: (False, True), float: (1e-30, 1e18), float | None: (1e-30, 65504)}
@@ -164,9 +164,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 def load_weights(source, config: Config, device="auto", dtype="auto", fast: bool = True) -> OLMoE:
     """The model of this source and `Config`, see `describe`. Arguments and errors as those of `load`."""
-    kind = getattr(torch, str(dtype).removeprefix("torch."), None)
-    if dtype != "auto" and kind not in DTYPES:
-        raise ValueError(f"dtype {dtype} is unknown; use auto, bfloat16, float16 or float32")
+    with using(f"dtype {dtype}", f"use one of {', '.join(DTYPES)}"):
+        kind = DTYPES[str(dtype).removeprefix("torch.")]
     device = pick_device(device)
     source, folder = fetch(source, [SINGLE, INDEX])
     shards = [SINGLE] if os.path.lexists(folder / SINGLE) else read_index(folder / INDEX)
@@ -179,7 +178,7 @@ def load_weights(source, config: Config, device="auto", dtype="auto", fast: bool
         with torch.device("meta"):
             model = OLMoE(config).requires_grad_(False)
         model.load_state_dict(headers, assign=True)
-    if dtype == "auto":
+    if kind is None:
         small = device.type == "cpu" and sum(file.stat().st_size for file in files) < SMALL
         kind = torch.float32 if small else model.dtype
     model.load_state_dict(read_parameters(files, config, device, kind), assign=True)
@@ -208,8 +207,8 @@ def read_parameters(files: list[Path], config: Config, device, dtype=None) -> di
             names = [name for name in opened.keys() if not name.endswith("rotary_emb.inv_freq")]  # of old versions
             for name in tqdm(names, desc=file.name, unit="tensor", leave=False, delay=1, disable=None):
                 tensor = torch.nn.Parameter(opened.get_tensor(name).to(device, dtype), requires_grad=False)
-                if tensor.dtype not in DTYPES:
-                    raise ValueError(f"{name} is stored as {tensor.dtype}; only {short(DTYPES)} are implemented")
+                if tensor.dtype not in DTYPES.values():
+                    raise ValueError(f"{name} is stored as {tensor.dtype}, which is not implemented")
                 if not (tensor.is_meta or torch.stack(tensor.aminmax()).isfinite().all()):
                     raise ValueError(f"{name} has values that are not finite, or too large for {dtype}")
                 found = {name: tensor}

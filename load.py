@@ -196,13 +196,11 @@ def read_index(file: Path) -> list[str]:
 
 
 def read_parameters(files: list[Path], config: Config, device, dtype=None) -> dict[str, torch.Tensor]:
-    """All tensors by the names of parameters: fused experts [E, ...] one by one, a tied head for both.
-
-    For the device "meta" no values are read. Else files are not mapped: pages that are read would stay in memory.
-    """
+    """Tensors by the names of parameters, on "meta" without values: fused experts one by one, a tied head for both."""
     state, E = {}, config.num_experts
     for file in files:
         with using(file):
+            # Where a file is mapped, the pages that are read would stay in memory; for "meta" none is.
             opened = safe_open(file, "pt", backend="mmap" if device == "meta" else "pread")
             names = [name for name in opened.keys() if not name.endswith("rotary_emb.inv_freq")]  # of old versions
             for name in tqdm(names, desc=file.name, unit="tensor", leave=False, delay=1, disable=None):

@@ -168,8 +168,14 @@ def load_weights(source, config: Config, device="auto", dtype="auto", fast: bool
         kind = DTYPES[str(dtype).removeprefix("torch.")]
     device = pick_device(device)
     source, folder = fetch(source, [SINGLE, INDEX])
-    shards = [SINGLE] if os.path.lexists(folder / SINGLE) else read_index(folder / INDEX)
-    fetch(source, shards)
+    shards = [SINGLE]
+    if not os.path.lexists(folder / SINGLE):
+        with using(folder / INDEX):
+            shards = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
+            for name in shards:
+                if not re.fullmatch(r"[\w.-]+\.safetensors", name):
+                    raise ValueError(f"it lists {name!r}, which is no safetensors file beside it")
+        fetch(source, shards)
     files = [folder / name for name in shards]
     headers = read_parameters(files, config, "meta")
     with using(folder):  # before a weight is read: what is missing, unexpected or of the wrong shape
@@ -183,16 +189,6 @@ def load_weights(source, config: Config, device="auto", dtype="auto", fast: bool
         kind = torch.float32 if small else model.dtype
     model.load_state_dict(read_parameters(files, config, device, kind), assign=True)
     return speed_up(model) if fast else model
-
-
-def read_index(file: Path) -> list[str]:
-    """The names of the safetensors files that hold a model's weights."""
-    with using(file):
-        shards = sorted(set(json.loads(file.read_bytes())["weight_map"].values()))
-        for name in shards:
-            if not re.fullmatch(r"[\w.-]+\.safetensors", name):
-                raise ValueError(f"it lists {name!r}, which is no safetensors file beside it")
-        return shards
 
 
 def read_parameters(files: list[Path], config: Config, device, dtype=None) -> dict[str, torch.Tensor]:

@@ -43,11 +43,9 @@ def load(source=None, device="auto", dtype="auto", fast: bool = True) -> tuple[O
     """Loads a model (`OLMoE`, without gradients) and its tokenizer (`tokenizers.Tokenizer`).
 
     Args:
-        source: a directory, a hub id such as "allenai/OLMoE-1B-7B-0125-Instruct", after which @ and a revision may
-            stand, or None for the embedded model.
+        source: a directory; a hub id, "allenai/OLMoE-1B-7B-0125", also with "@revision"; None: the embedded model.
         device: "cpu", "cuda", "cuda:1" ...; "auto": a GPU if there is one.
-        dtype: "bfloat16", "float16" or "float32"; "auto": as the weights are stored, but on CPUs float32 for a model
-            of less than 64 MB, whose small matrices they multiply faster in it.
+        dtype: "bfloat16", "float16", "float32"; "auto": as stored; on a CPU float32 below 64 MB, which is faster.
         fast: with what fast/ does, if it is there; then for inference only, and not to be moved, converted or copied.
 
     Raises FileNotFoundError: a file, a directory or a hub id that is not there or cannot be read; ValueError: a file

@@ -1,32 +1,29 @@
 """From files to a model: config.json, safetensors weights and tokenizer.json, as Hugging Face writes them.
 
-They come from a directory, from the Hugging Face hub, or from `tiny/`, the model embedded in this repository. All of it
-is checked before the first weight is read; on the hub, what can be is checked before weights are fetched. What would be
-silently wrong is refused by name. Other errors are wrapped by `using`, which adds the name of the file.
+They come from a directory, from the hub, or from `tiny/`, the model embedded in this repository. What can be checked is
+checked before weights are fetched or read. What would be silently wrong is refused by name; for all else see `using`.
 """
 
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from reprlib import repr as short
 
+import huggingface_hub  # comes with tokenizers, and itself imports nothing before it is used
 import torch
 from safetensors import safe_open
 from tokenizers import AddedToken, Tokenizer
-from torch import Tensor
 from tqdm import tqdm
 
 from model import Config, OLMoE
 
 ROOT = Path(__file__).parent
+speed_up = lambda model: model
 if (ROOT / "fast").is_dir():
     from fast import speed_up  # which puts faster parts in the place of model.py's
-else:
-    speed_up = lambda model: model
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DESCRIPTION = ["config.json", "generation_config.json", "adapter_config.json", "tau.json"]
@@ -34,10 +31,9 @@ DESCRIPTION += ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 HINT = "download or save the model again, as save_pretrained writes it: whole, adapters merged, with tokenizer.json"
 SMALL, MOST_BYTES = 2**26, 2**24  # bytes of a small model; of a text
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
-# What config.json may say, by the type of a field in `Config`. Nothing within these bounds overflows: not the product
-# of two sizes, not a power of rope_theta, not clip_qkv in float16, which alone may be null.
+# By a field's type in `Config`: within these bounds no product of sizes, no power of rope_theta, no float16 overflows.
 BOUNDS = {int: (1, 2**30), bool: (False, True), float: (1e-30, 1e18), float | None: (1e-30, 65504)}
 IMPLEMENTED = {"model_type": "olmoe", "hidden_act": "silu", "attention_bias": False, "quantization_config": None}
 ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
@@ -47,18 +43,14 @@ def load(source=None, device="auto", dtype="auto", fast: bool = True) -> tuple[O
     """Loads a model (`OLMoE`, without gradients) and its tokenizer (`tokenizers.Tokenizer`).
 
     Args:
-        source: a directory, a hub id such as "allenai/OLMoE-1B-7B-0125-Instruct", after which @ and a revision may
-            stand, or None for the embedded model.
+        source: a directory; a hub id, "allenai/OLMoE-1B-7B-0125", also with "@revision"; None: the embedded model.
         device: "cpu", "cuda", "cuda:1" ...; "auto": a GPU if there is one.
-        dtype: "bfloat16", "float16" or "float32"; "auto": as the weights are stored, but on CPUs float32 for a model
-            of less than 64 MB, whose small matrices they multiply faster in it.
-        fast: with what the folder fast/ does, if it is there: for inference only; it cannot be moved, converted, copied
-            or trained afterwards. False: the plain model, which can.
+        dtype: "bfloat16", "float16", "float32"; "auto": as stored; on a CPU float32 below 64 MB, which is faster.
+        fast: with what fast/ does, if it is there; then for inference only, and not to be moved, converted or copied.
 
     Raises FileNotFoundError: a file, a directory or a hub id that is not there or cannot be read; ValueError: a file
     that is broken or asks for what is not implemented, tensors that do not fit, an unknown device or dtype.
     """
-    device = pick_device(device)
     source, folder, config, tokenizer = describe(source)
     return load_weights(source, config, device, dtype, fast), tokenizer
 
@@ -77,15 +69,13 @@ def describe(source=None) -> tuple[str | Path | None, Path, Config, Tokenizer]:
 def fetch(source: str | Path | None, names: list[str]) -> tuple[str | Path | None, Path]:
     """The source of a model and its folder. If `source` is a hub id, its files of these names are fetched first."""
     folder = ROOT / "tiny" if source is None else os.path.expanduser(source)
-    hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(source))
-    if hub_id and not os.path.isdir(folder):
-        from huggingface_hub import snapshot_download  # comes with tokenizers; imported here since it is slow to import
-
+    if not os.path.isdir(folder):
+        hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(source))
+        if hub_id is None:
+            raise FileNotFoundError(f"there is no directory {source}, and it is not a hub id (organisation/name)")
         with using(source, "it is not a directory, and the hub does not deliver it"):
-            folder = snapshot_download(hub_id[1], revision=hub_id[2], allow_patterns=names)
+            folder = huggingface_hub.snapshot_download(hub_id[1], revision=hub_id[2], allow_patterns=names)
         source = f"{hub_id[1]}@{os.path.basename(folder)}"  # a snapshot's folder is named by its commit
-    elif not os.path.isdir(folder):
-        raise FileNotFoundError(f"there is no directory {source}, and it is not a hub id (organisation/name)")
     for file in (Path(folder, name) for name in names):
         if file.exists() and not file.is_file():  # reading from a pipe or a device may never end
             raise ValueError(f"{file} is not a regular file")
@@ -93,7 +83,7 @@ def fetch(source: str | Path | None, names: list[str]) -> tuple[str | Path | Non
 
 
 @contextmanager
-def using(what: object, hint: str = HINT) -> Iterator[None]:
+def using(what: object, hint: str = HINT):
     """Whatever goes wrong with a file, or what else is given by name, ends in one error that names it."""
     try:
         yield
@@ -105,23 +95,19 @@ def using(what: object, hint: str = HINT) -> Iterator[None]:
         raise ValueError(f"{what} cannot be used: {type(error).__name__}: {error}; {hint}") from error
 
 
-def read_json(file: Path, kind: type = dict, hint: str = HINT) -> dict | list:
-    """A file that holds a JSON object, as a dict, or a list."""
-    with using(file, hint):
-        value = json.loads(file.read_bytes())
-        if not isinstance(value, kind):
-            raise TypeError(f"not a JSON {'object' if kind is dict else 'list'}")
-        return value
+def read_json(file: Path) -> dict:
+    """What a file holds as a JSON object."""
+    with using(file):
+        return {**json.loads(file.read_bytes())}  # Python raises if it is something else
 
 
 def read_config(folder: Path) -> Config:
     """config.json as a `Config`. What it asks for beyond OLMoE as published is refused by name."""
     raw = {"model_type": None} | read_json(folder / "config.json")  # None is refused below
     ends = folder / "generation_config.json"
-    eos = read_json(ends).get("eos_token_id") if ends.exists() else None
-    eos = raw.get("eos_token_id") if eos is None else eos  # as in transformers, the other file comes first
-    if not isinstance(eos, list):
-        eos = [] if eos is None else [eos]
+    files = [read_json(ends), raw] if ends.exists() else [raw]  # in the order in which transformers asks them
+    eos = next((file["eos_token_id"] for file in files if file.get("eos_token_id") is not None), [])
+    eos = eos if isinstance(eos, list) else [eos]
     with using(folder / "config.json"):
         ropes = [raw[name] for name in ("rope_scaling", "rope_parameters") if raw.get(name)]  # transformers 4 and 5
         for part in (raw, *ropes):
@@ -134,18 +120,15 @@ def read_config(folder: Path) -> Config:
             raw |= rope
         if raw.get("num_key_value_heads") is None:
             raw["num_key_value_heads"] = raw.get("num_attention_heads")
-        values = {}
-        for field in fields(Config):
-            value = raw.get(field.name, field.default)
-            # All but eos_token_id and tau; where a size is missing, `Config` raises and names it.
-            if field.type in BOUNDS and value is not field.default:
-                low, high = BOUNDS[field.type]
-                kind = float if isinstance(low, float) and type(value) is int else type(value)  # 8 is a float, too
-                if kind is not type(low) or not low <= value <= high:
-                    what = f"of type {type(low).__name__}, from {low} to {high}"
-                    raise ValueError(f"{field.name} must be {what}, not {short(value)}")
-                values[field.name] = value
-        c = Config(**values, eos_token_id=[i for i in eos if type(i) is int and 0 <= i < values["vocab_size"]])
+        known = {field.name: field for field in fields(Config) if field.type in BOUNDS}  # all but eos_token_id and tau
+        c = Config(**{name: raw[name] for name in known if name in raw})  # where a size is missing, it raises
+        for name, field in known.items():
+            value = getattr(c, name)
+            low, high = BOUNDS[field.type]
+            kind = float if isinstance(low, float) and type(value) is int else type(value)  # 8 is a float, too
+            if value is not field.default and (kind is not type(low) or not low <= value <= high):
+                raise ValueError(f"{name} must be of type {type(low).__name__}, {low} to {high}, not {short(value)}")
+        c.eos_token_id = [i for i in eos if type(i) is int and 0 <= i < c.vocab_size]  # others end no text
         for wrong, sentence in (
             (c.num_experts_per_tok > c.num_experts, "num_experts_per_tok must not exceed num_experts"),
             (c.hidden_size % (2 * c.num_attention_heads), "hidden_size / num_attention_heads must be an even number"),
@@ -169,8 +152,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     settings = read_json(more) if more.exists() else {}
     with using(more):
         for index, token in settings.get("added_tokens_decoder", {}).items():
-            if int(index) not in tokenizer.get_added_tokens_decoder():
-                tokenizer.add_tokens([AddedToken(**token)])
+            tokenizer.add_tokens([AddedToken(**token)])  # as transformers; nothing happens if it has this one
             if tokenizer.token_to_id(token["content"]) != int(index):
                 raise ValueError(f"the token {token['content']!r} cannot have the id {index}")
         if settings.get("add_prefix_space") and tokenizer.encode("x").ids != tokenizer.encode(" x").ids:
@@ -180,82 +162,61 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 def load_weights(source, config: Config, device="auto", dtype="auto", fast: bool = True) -> OLMoE:
     """The model of this source and `Config`, see `describe`. Arguments and errors as those of `load`."""
-    kind = getattr(torch, str(dtype).removeprefix("torch."), None)
-    if dtype != "auto" and kind not in DTYPES.values():
-        raise ValueError(f"dtype {dtype} is unknown; use auto, bfloat16, float16 or float32")
+    with using(f"dtype {dtype}", f"use one of {', '.join(DTYPES)}"):
+        kind = DTYPES[str(dtype).removeprefix("torch.")]
     device = pick_device(device)
-    folder, stored = stored_tensors(source)
+    source, folder = fetch(source, [SINGLE, INDEX])
+    shards = [SINGLE]
+    if not os.path.lexists(folder / SINGLE):
+        with using(folder / INDEX):
+            shards = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
+            for name in shards:
+                if not re.fullmatch(r"[\w.-]+\.safetensors", name):
+                    raise ValueError(f"it lists {name!r}, which is no safetensors file beside it")
+        fetch(source, shards)
+    files = [folder / name for name in shards]
+    headers = read_parameters(files, config, "meta")
     with using(folder):  # before a weight is read: what is missing, unexpected or of the wrong shape
-        headers = by_parameter(((name, torch.empty(shape, device="meta")) for _, name, shape, _ in stored), config)
         if 3 * config.num_hidden_layers * config.num_experts > len(headers):  # would take ages to lay out
             raise ValueError(f"it has no weights for {config.num_hidden_layers} layers of {config.num_experts} experts")
         with torch.device("meta"):
             model = OLMoE(config).requires_grad_(False)
         model.load_state_dict(headers, assign=True)
-        for _, name, _, stored_as in stored:
-            if stored_as not in DTYPES:
-                raise ValueError(f"{name} is stored as {stored_as}; only {', '.join(DTYPES)} are implemented")
-    if dtype == "auto":
-        small = device.type == "cpu" and sum(file.stat().st_size for file in {file for file, *_ in stored}) < SMALL
-        stored_as = next(stored_as for _, name, _, stored_as in stored if name in (EMBEDDING, HEAD))
-        kind = torch.float32 if small else DTYPES[stored_as]
-    model.load_state_dict(by_parameter(read_tensors(stored, device, kind), config), assign=True)
-    if config.tie_word_embeddings:  # `assign` has made two parameters of the tensor
-        model.model.embed_tokens.weight = model.lm_head.weight
+    if kind is None:
+        small = device.type == "cpu" and sum(file.stat().st_size for file in files) < SMALL
+        kind = torch.float32 if small else model.dtype
+    model.load_state_dict(read_parameters(files, config, device, kind), assign=True)
     return speed_up(model) if fast else model
 
 
-def stored_tensors(source) -> tuple[Path, list[tuple[Path, str, list[int], str]]]:
-    """A model's folder, and (file, name, shape, dtype name) of each tensor in its safetensors or the index's shards."""
-    source, folder = fetch(source, [SINGLE, INDEX])
-    stored, shards = [], [SINGLE]
-    if not os.path.lexists(folder / SINGLE):
-        index = read_json(folder / INDEX)
-        with using(folder / INDEX):
-            shards = sorted(set(index["weight_map"].values()))
-            for name in shards:
-                if not re.fullmatch(r"[\w.-]+\.safetensors", name):
-                    raise ValueError(f"it lists {name!r}, which is no safetensors file beside it")
-        fetch(source, shards)
-    for file in (folder / name for name in shards):
-        with using(file), safe_open(file, "pt") as opened:
-            tensors = [(name, opened.get_slice(name)) for name in opened.keys()]
-            stored += [(file, name, tensor.get_shape(), tensor.get_dtype()) for name, tensor in tensors]
-    return folder, [tensor for tensor in stored if not tensor[1].endswith("rotary_emb.inv_freq")]  # of old versions
-
-
-def read_tensors(stored: list, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The name and the values of each tensor that `stored_tensors` found."""
-    opened = {}
-    for file, name, *_ in tqdm(stored, desc="loading", unit="tensor", leave=False, delay=1, disable=None):
-        with using(file):
-            if file not in opened:
-                opened[file] = safe_open(file, "pt", backend="pread")  # the pages of a mapped file would stay in memory
-            tensor = opened[file].get_tensor(name).to(device, dtype)
-            low, high = tensor.aminmax()  # of which one is not finite if any value is not
-            if not (low.isfinite() and high.isfinite()):
-                raise ValueError(f"{name} has values that are not finite, or too large for {dtype}")
-        yield name, tensor
-
-
-def by_parameter(tensors: Iterable[tuple[str, Tensor]], config: Config) -> dict[str, Tensor]:
-    """A checkpoint's tensors by the names of parameters: fused experts [E, ...] one by one, a tied head for both."""
+def read_parameters(files: list[Path], config: Config, device, dtype=None) -> dict[str, torch.Tensor]:
+    """Tensors by the names of parameters, on "meta" without values: fused experts one by one, a tied head for both."""
     state, E = {}, config.num_experts
-    for name, tensor in tensors:
-        found = {name: tensor}
-        prefix, _, fused = name.rpartition(".")
-        if prefix.endswith(".experts") and tensor.dim() == 3 and len(tensor) == E:
-            parts = fused.removesuffix("_proj").split("_")  # gate_up_proj [E, 2I, d]: gate, up; down_proj: down
-            pieces = list(zip(parts, tensor.chunk(len(parts), 1)))
-            found = {f"{prefix}.{e}.{part}_proj.weight": piece[e] for part, piece in pieces for e in range(E)}
-        if twice := found.keys() & state.keys():
-            raise ValueError(f"{min(twice)} is stored twice")
-        state |= found
-    if config.tie_word_embeddings:  # either may be stored, for both; if none is, load_state_dict refuses the None
-        embedding = state.setdefault(EMBEDDING, state.get(HEAD))
-        head = state.setdefault(HEAD, embedding)
-        if head is not embedding and not head.is_meta and not head.equal(embedding):
+    for file in files:
+        with using(file):
+            # Where a file is mapped, the pages that are read would stay in memory; for "meta" none is.
+            opened = safe_open(file, "pt", backend="mmap" if device == "meta" else "pread")
+            names = [name for name in opened.keys() if not name.endswith("rotary_emb.inv_freq")]  # of old versions
+            for name in tqdm(names, desc=file.name, unit="tensor", leave=False, delay=1, disable=None):
+                tensor = torch.nn.Parameter(opened.get_tensor(name).to(device, dtype), requires_grad=False)
+                if tensor.dtype not in DTYPES.values():
+                    raise ValueError(f"{name} is stored as {tensor.dtype}, which is not implemented")
+                if not (tensor.is_meta or torch.stack(tensor.aminmax()).isfinite().all()):
+                    raise ValueError(f"{name} has values that are not finite, or too large for {dtype}")
+                found = {name: tensor}
+                prefix, _, fused = name.rpartition(".")
+                if prefix.endswith(".experts") and tensor.dim() == 3 and len(tensor) == E:
+                    parts = fused.removesuffix("_proj").split("_")  # gate_up_proj [E, 2I, d]: gate, up; down_proj: down
+                    pieces = zip(parts, tensor.chunk(len(parts), 1))
+                    found = {f"{prefix}.{e}.{part}_proj.weight": piece[e] for part, piece in pieces for e in range(E)}
+                if twice := found.keys() & state.keys():
+                    raise ValueError(f"{min(twice)} is stored twice")
+                state |= found
+    if config.tie_word_embeddings:  # either may be stored, for both; load_state_dict refuses None
+        tied = [state[name] for name in (EMBEDDING, HEAD) if name in state] or [None]
+        if device != "meta" and not tied[0].equal(tied[-1]):
             raise ValueError(f"config.json says that embeddings are tied, but there is another {HEAD}")
+        state |= dict.fromkeys((EMBEDDING, HEAD), tied[0])  # one parameter
     return state
 
 
@@ -263,23 +224,17 @@ def pick_device(name) -> torch.device:
     """A torch.device from its name; "auto": a GPU if there is one."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     with using(f"device {name}", "try cpu"):
-        zero = torch.zeros(1, device=name)
-        zero.item()  # "meta" has devices, but no data
-        return zero.device
-
-
-# ---- What the command line gives ------------------------------------------------------------------------------------
+        torch.zeros(1, device=name).item()  # "meta" has devices, but no data
+        return torch.device(name)
 
 
 def chat_prompt(folder: Path, message: str) -> str:
-    """A message as the OLMoE Instruct models expect it, if the model's own template has their tags and no other."""
+    """A message with --chat, as OLMoE Instruct expects it, if the model's own template has its tags and no other."""
     file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    template = str(read_json(config).get("chat_template") or "") if config.exists() else ""  # or several with names
-    if file.exists():  # comes first
-        template = file.read_text(errors="replace")
+    settings = read_json(config) if config.exists() else {}
+    template = file.read_text(errors="replace") if file.exists() else str(settings.get("chat_template"))
     if set(re.findall(r"<\|\w+\|>", template)) - {"<|system|>", "<|endoftext|>"} != {"<|user|>", "<|assistant|>"}:
-        what = "another chat template than OLMoE's" if template else "no chat template"
-        raise ValueError(f"--chat: {folder} has {what}; ports/roe_transformers.py --chat renders any")
+        raise ValueError(f"--chat: no chat template as OLMoE's in {folder}; ports/roe_transformers.py --chat takes any")
     return f"<|endoftext|><|user|>\n{message}\n<|assistant|>\n"
 
 
@@ -300,10 +255,10 @@ def read_text(prompt: str | None, file: str | None) -> str:
 
 def read_tau(argument: str | None) -> float | list[float] | None:
     """What --tau stands for: a number, or else a JSON file with a list of one per layer."""
-    try:
+    with suppress(ValueError):
         return None if argument is None else float(argument)
-    except ValueError:
-        values = read_json(Path(argument), list, "tau takes a number, or a JSON file with a list of one per layer")
-    if not all(type(value) in (int, float) for value in values):
-        raise ValueError(f"{argument}: tau must be numbers from 0 to 100, not {short(values)}")
-    return values
+    with using(argument, "tau takes a number, or a JSON file with a list of one per layer"):
+        values = json.loads(Path(argument).read_bytes())
+        if not (isinstance(values, list) and all(type(value) in (int, float) for value in values)):
+            raise ValueError(f"tau must be a list of numbers from 0 to 100, not {short(values)}")
+        return values

@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cache import BranchingCache, SharedCache
-from load import chat_prompt, describe, load_weights, pick_device, read_tau, read_text
+from load import chat_prompt, describe, load_weights, read_tau, read_text
 from model import Config, OLMoE
 
 NOT_FINITE = "the model's predictions are not finite: its weights are broken, or too large for its dtype"
@@ -403,7 +403,6 @@ def main() -> None:
     try:  # all that can be refused is refused before weights are fetched or read
         text = read_text(args.prompt, args.ppl)
         tau = read_tau(args.tau)
-        device = pick_device(args.device)
         source, folder, config, tokenizer = describe(args.model)
         if args.skip != 1 and (isinstance(tau, list) or tau is None and config.tau):
             raise ValueError("--skip is for one --tau; a file of temperatures says what every layer gets")
@@ -415,12 +414,12 @@ def main() -> None:
         if max(tokens, default=0) >= config.vocab_size:
             raise ValueError(f"the text has the token id {max(tokens)}, but vocab_size is only {config.vocab_size}")
         if args.ppl is None:
-            as_ids(tokens, device, most=config.max_position_embeddings)
+            as_ids(tokens, "cpu", most=config.max_position_embeddings)
         else:
-            as_ids(tokens, device, least=2)
+            as_ids(tokens, "cpu", least=2)
         if args.prompt is None and "\r" in text:
             print(f"{args.ppl!r} has carriage returns, as on Windows; they are scored as they are", file=sys.stderr)
-        model = load_weights(source, config, device, args.dtype)
+        model = load_weights(source, config, args.device, args.dtype)
         run = print_generation if args.ppl is None else print_perplexity
         run(args, model, tokenizer, tokens, tau)
     except BrokenPipeError:  # the reader has seen enough, such as `head`

@@ -101,27 +101,26 @@ def temperatures(config: Config, tau: float | Sequence[float] | None = None, ski
 # ---- 2.3 Efficient inference: n rosters as one batch ----------------------------------------------------------------
 
 
-def roster_route(model: OLMoE, positions: Sequence[int], rosters: int, tau, seed: int, weights: str) -> Callable | None:
-    """The routing of n rosters as `OLMoE.forward` takes it, for a pass over T tokens of these positions in their text.
+def run_rosters(model: OLMoE, tokens: Tensor, cache, position: int, rosters: int, tau, seed, weights: str) -> Tensor:
+    """Predicts after each of T tokens, all of them stochastic, once per roster: ids [T] -> logits [n, T, V].
 
     All rosters are the same until the first layer with noise, and one row runs for them; its router returns n rows.
-    None is plain routing, if no layer has noise. For the other arguments see `predict`.
+    `position` is that of the first token in its text, for its noise. For the other arguments and errors see `predict`.
     """
     if rosters < 1 or weights not in ("perturbed", "clean"):
         raise ValueError(f"rosters must be 1 or more, and weights perturbed or clean, not {rosters} and {weights!r}")
     c, tau = model.config, temperatures(model.config, tau)
-    if rosters == 1 or not any(tau):
-        return None
-    noise = torch.stack([gumbel(seed, p, rosters, c.num_hidden_layers, c.num_experts) for p in positions], 1)
-    noise *= torch.tensor(tau, dtype=torch.float32, device="cpu")[:, None]  # tau G [n, T, L, E]
-    noise[0] = 0  # row 0 is the clean path
-    noise = noise.to(model.device)
+    route = None  # plain routing
+    if rosters > 1 and any(tau):
+        drawn = [gumbel(seed, position + t, rosters, c.num_hidden_layers, c.num_experts) for t in range(len(tokens))]
+        noise = torch.stack(drawn, 1).to(model.device)  # G [n, T, L, E]
+        noise[0] = 0  # row 0 is the clean path
 
-    def route(layer: int, logits: Tensor) -> tuple[Tensor, Tensor]:
-        added = noise[:, :, layer] if tau[layer] else 0  # 0: as many rows come out as went in, the path does not branch
-        return stochastic_route(logits, added, c.num_experts_per_tok, weights, c.norm_topk_prob)
+        def route(layer: int, logits: Tensor) -> tuple[Tensor, Tensor]:
+            added = tau[layer] * noise[:, :, layer] if tau[layer] else 0  # 0: the path does not branch here
+            return stochastic_route(logits, added, c.num_experts_per_tok, weights, c.norm_topk_prob)
 
-    return route
+    return model(tokens[None], cache, route).expand(rosters, -1, -1)  # one row came out if no layer had noise
 
 
 @torch.inference_mode()
@@ -130,21 +129,16 @@ def predict(model: OLMoE, tokens, cache, rosters: int, tau, seed: int, weights: 
 
     Args:
         tokens: T >= 1 ids that follow those in the cache. Only the last one is stochastic.
-        cache: a `SharedCache` (the Clean Cache) or a `BranchingCache`; extended by the T tokens.
-        tau, weights: see `temperatures` and `stochastic_route`, which takes the weights by name.
-        seed: of the noise, see `gumbel`.
+        cache: a `SharedCache` (the Clean Cache) or a `BranchingCache`; extended by the T tokens. Its memory is made in
+            inference mode, in which all else must be that writes to it.
+        tau, seed, weights: see `temperatures`, `gumbel` and `stochastic_route`.
 
-    Runs in inference mode, and so must whatever else writes to the same cache, whose memory is made in that mode.
-
-    Raises ValueError: rosters below 1, unknown weights; more tokens than the context or the cache has room for (the
-    cache may already hold some of them then).
+    Raises ValueError: rosters below 1, unknown weights; a context or a cache that is full, after some of the tokens.
     """
-    tokens = as_ids(tokens, model.device)[None]
-    last = cache.length + tokens.shape[1] - 1
-    route = roster_route(model, [last], rosters, tau, seed, weights)
-    if last > cache.length:
-        model.hidden(tokens[:, :-1], cache)  # one clean row, only to fill the cache
-    return model(tokens[:, -1:], cache, route).expand(rosters, -1, -1)[:, 0]  # one row if no layer had noise
+    tokens = as_ids(tokens, model.device)
+    if len(tokens) > 1:
+        model.hidden(tokens[None, :-1], cache)  # one clean row, only to fill the cache
+    return run_rosters(model, tokens[-1:], cache, cache.length, rosters, tau, seed, weights)[:, 0]
 
 
 # ---- 3.1 Aggregation ------------------------------------------------------------------------------------------------
@@ -252,8 +246,7 @@ def score(
     for piece, targets in zip(tokens[:-1].split(most), tokens[1:].split(most)):
         history = SharedCache(model.config, len(piece)) if cache is None else cache
         for part, target in zip(piece.split(chunk), targets.split(chunk)):
-            route = roster_route(model, range(position, position + len(part)), rosters, tau, seed, weights)
-            logits = model(part[None], history, route).expand(rosters, -1, -1)
+            logits = run_rosters(model, part, history, position, rosters, tau, seed, weights)
             found = logits.float().log_softmax(-1).gather(-1, target.expand(rosters, -1)[..., None])[..., 0]
             scores.append(found.logcumsumexp(0))
             if watch:

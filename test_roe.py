@@ -621,8 +621,7 @@ def test_positions_count_on_through_the_pieces_of_a_long_text(small):
         for t in (0, 1, 42):
             if t > cache.length:
                 small.model.hidden(piece[None, cache.length : t], cache)
-            route = roe.roster_route(small.model, [start + t], 3, TAU, 9, "perturbed")
-            logits = small.model(piece[None, [t]], cache, route)[:, 0]
+            logits = roe.run_rosters(small.model, piece[[t]], cache, start + t, 3, TAU, 9, "perturbed")[:, 0]
             torch.testing.assert_close(scores[2, start + t], roe.aggregate(logits)[targets[t]], **ONE_TEXT)
 
 

@@ -49,13 +49,11 @@ def gumbel(seed: int, position: int, *shape: int) -> Tensor:
 
 
 def stochastic_route(logits: Tensor, noise: Tensor, k: int, weights: str = "perturbed", normalize: bool = False):
-    """Gumbel-top-k routing (equation 1): the experts of a token are TopK(R + tau G, k).
-
-    They are k experts drawn without replacement from softmax(R / tau). Where the noise is 0, plain top-k.
+    """Gumbel-top-k routing (equation 1): TopK(R + tau G, k) draws k experts without replacement from softmax(R / tau).
 
     Args:
         logits: router logits R [n, T, E], or [1, T, E] as long as all rosters are the same.
-        noise: tau G [n, T, E], already multiplied, and 0 in row 0; or 0.
+        noise: tau G [n, T, E], already multiplied, and 0 in row 0; or 0. Without noise it is plain top-k.
         weights: what mixes the chosen experts' outputs. "perturbed": the softmax of R + tau G over all E. "clean": that
             of R. Equation 1 says only which experts run; the paper leaves the mixing open.
         normalize: scale the k weights of a token to sum to 1 (OLMoE's norm_topk_prob).

@@ -204,9 +204,8 @@ def choose(log_probs: Tensor, temperature: float, top_p: float, seed: int, posit
         log_probs = (log_probs - log_probs.max()) / temperature
         if top_p < 1:  # a sample from the smallest set of most likely tokens that has this probability
             probs, ids = log_probs.softmax(-1).sort(descending=True)
-            before = probs.cumsum(-1) - probs  # the probability of all that are likelier
-            before[0] = -1  # the likeliest stays, however small top_p is
-            log_probs[ids[before >= top_p]] = -math.inf
+            likelier = probs.cumsum(-1)[:-1]  # than the second, the third ...: the first stays, however small top_p is
+            log_probs[ids[1:][likelier >= top_p]] = -math.inf
         # It is drawn as experts are, by adding Gumbel noise: that of a position below 0, which no token has.
         log_probs += gumbel(seed, -1 - position, len(log_probs)).to(log_probs.device)
     return log_probs.argmax().item()

@@ -178,12 +178,10 @@ def generate(
     if not (temperature >= 0 and top_p > 0):  # written so that NaN is refused, too
         raise ValueError(f"temperature must be 0 or more, and top_p above 0, not {temperature} and {top_p}")
     max_len = min(config.max_position_embeddings, len(tokens) + max_new_tokens - 1)  # the last new one is not read
-    if branching:
+    cache = SharedCache(config, max_len)
+    if branching:  # rosters share the prompt but its last token, the first that they predict from
         first_noisy = next((layer for layer, value in enumerate(tau) if value > 0), None)
-        shared = len(tokens) - 1  # the last token of the prompt is the first that rosters predict from
-        cache = BranchingCache(config, max_len, rosters, shared, first_noisy)
-    else:
-        cache = SharedCache(config, max_len)
+        cache = BranchingCache(config, max_len, rosters, len(tokens) - 1, first_noisy)
     for position in range(len(tokens) - 1, max_len):  # that of the last token read so far
         logits = predict(model, tokens, cache, rosters, tau, seed, weights)
         log_probs = aggregate(logits)

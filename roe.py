@@ -167,7 +167,7 @@ def generate(
 
     Ends before an end-of-text token, after `max_new_tokens`, or when the model's context is full. With the Clean Cache
     a second call, with the prompt, the text so far and the same seed, goes on as one longer call would. `watch` is
-    called as watch(logits [n, 1, V], log_probs [1, V], tokens [1], cache) for every token, before it is yielded;
+    called before a token is yielded, as watch(logits [n, t, V], log_probs [t, V], tokens [t], cache) with t = 1;
     log_probs is the average that it was chosen from.
 
     Raises ValueError, with the first token: an empty prompt, one longer than the context, an unknown name, a number out
@@ -218,20 +218,18 @@ def score(
     seed: int = 0,
     weights: str = "perturbed",
     cache: SharedCache | None = None,  # holds what comes before tokens[0], and has room for T - 1 more
-    watch: Callable | None = None,
+    watch: Callable | None = None,  # as in `generate`, for t tokens at once
 ) -> Tensor:
     """Log-probability of every token but the first under 1, 2, ..., n rosters (section 2.2, validation perplexity).
 
     The Clean Cache keeps row 0 alone, which has no noise. So a token's noise reaches no other token, and one pass over
-    T tokens with n rows computes what decoding does: row r at position t sees the clean keys and values before t, and
-    its own at t. `watch` is called as watch(logits [n, t, V], log_probs [t, V], tokens [t], cache) for every t tokens.
+    T tokens with n rows computes what decoding does: row r at position t sees the clean history, and itself.
 
     Returns:
         log-probabilities [n, T - 1] of tokens[1:] in float32; row m - 1 is, but for rounding, what `generate` with m
         rosters and the Clean Cache would choose from, token by token (in a long text up to the end of its first piece).
 
-    Raises ValueError: fewer than two tokens, a cache and a text longer than the context, an unknown name, a number out
-    of its range, predictions that are not finite.
+    Raises ValueError: fewer than two tokens, a cache and a text longer than the context; else as `generate`.
     """
     tokens = as_ids(tokens, model.device, least=2)
     most = model.config.max_position_embeddings

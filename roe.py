@@ -241,12 +241,11 @@ def score(
         for part, target in zip(piece.split(chunk), targets.split(chunk)):
             logits = run_rosters(model, part, history, position, rosters, tau, seed, weights)
             found = logits.float().log_softmax(-1).gather(-1, target.expand(rosters, -1)[..., None])[..., 0]
-            scores.append(found.logcumsumexp(0))
+            scores.append(found.logcumsumexp(0) - torch.ones_like(found).cumsum(0).log())  # the means of 1, 2, ..., n
             if watch:
                 watch(logits, aggregate(logits), target, history)
             position += len(part)
-    counts = torch.arange(1, rosters + 1, dtype=torch.float32, device=model.device)
-    scores = torch.cat(scores, 1) - counts[:, None].log()  # of the mean over the first 1, 2, ..., n rows
+    scores = torch.cat(scores, 1)
     if scores.isnan().any():
         raise ValueError(NOT_FINITE)
     return scores

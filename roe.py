@@ -346,10 +346,9 @@ def print_generation(args: argparse.Namespace, model: OLMoE, tokenizer: Tokenize
         overruled = (log_probs.argmax() != logits[0].argmax()).item()
         seen.append((agreement, overruled, time.perf_counter(), cache.nbytes))
 
-    names = ("max_new_tokens", "temperature", "top_p", "seed", "weights")
-    options = {name: getattr(args, name) for name in names} | {"branching": args.cache == "branching"}
+    how = args.cache == "branching", args.max_new_tokens, args.temperature, args.top_p, args.seed, args.weights
     try:
-        for token in generate(model, tokens, args.rosters[0], tau, watch=watch, **options):
+        for token in generate(model, tokens, args.rosters[0], tau, *how, watch=watch):
             ids.append(token)
             piece = tokenizer.decode(ids)[len(text) :]
             if not piece.endswith("\ufffd"):  # as within a character of several tokens

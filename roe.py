@@ -298,7 +298,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--top-p", type=number(float, 1e-6, 1), default=1.0, help="sample from the likeliest tokens of this mass [1]")
     add("--cache", choices=["shared", "branching"], default="shared", help="one history, or one per roster [shared]")
     add("--chat", action="store_true", help="wrap the prompt as the OLMoE Instruct models expect it")
-    add("--show", action="store_true", help="shade tokens that few rosters chose, underline those that overruled")
     add = parser.add_argument_group("the model").add_argument
     add("--model", help="directory, or hub id such as allenai/OLMoE-1B-7B-0125-Instruct [the one that comes with RoE]")
     add("--device", default="auto", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
@@ -323,28 +322,15 @@ def fail(message: object) -> None:
     sys.exit(2)
 
 
-def shade(text: str, seen: list[tuple]) -> str:
-    """Text on a background: the fewer rosters agree, the redder, from none over yellow; underlined where overruled."""
-    agreement = min((agreement for agreement, *_ in seen), default=1)
-    if agreement == 1 or not text:
-        return text
-    background = (203, 209, 215, 222, 229)[min(4, int(agreement * 5))]  # of the 256 colours that terminals have
-    style = f"\033[{'4;' * any(overruled for _, overruled, *_ in seen)}38;5;16;48;5;{background}m"
-    return style + text.replace("\n", f"\033[0m\n{style}") + "\033[0m"
-
-
 def print_generation(args: argparse.Namespace, model: OLMoE, tokenizer: Tokenizer, tokens: list[int], tau) -> None:
     """Streams the text to standard output, then one line of statistics to standard error."""
-    colours = args.show and sys.stdout and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     ids = []
     text = ""
-    seen = []  # of each token: its rosters' agreement, whether they overruled the clean one, when, the cache's bytes
-    shown = 0  # of these
+    seen = []  # of each token: whether its rosters overruled the clean one, when, the cache's bytes
 
     def watch(logits, log_probs, tokens, cache):
-        agreement = (logits.argmax(-1) == tokens).float().mean().item() if len(logits) > 1 else 1
         overruled = (log_probs.argmax() != logits[0].argmax()).item()
-        seen.append((agreement, overruled, time.perf_counter(), cache.nbytes))
+        seen.append((overruled, time.perf_counter(), cache.nbytes))
 
     how = args.cache == "branching", args.max_new_tokens, args.temperature, args.top_p, args.seed, args.weights
     try:
@@ -352,19 +338,18 @@ def print_generation(args: argparse.Namespace, model: OLMoE, tokenizer: Tokenize
             ids.append(token)
             piece = tokenizer.decode(ids)[len(text) :]
             if not piece.endswith("\ufffd"):  # as within a character of several tokens
-                print(shade(piece, seen[shown:]) if colours else piece, end="", flush=True)
-                text, shown = text + piece, len(seen)
+                print(piece, end="", flush=True)
+                text += piece
     except KeyboardInterrupt:  # what has been generated stands
         if not seen:
             raise
     print(tokenizer.decode(ids)[len(text) :], flush=True)
     stats = f"{len(ids)} tokens"
     if len(seen) > 1:
-        stats += f", {(len(seen) - 1) / (seen[-1][2] - seen[0][2]):.1f} tokens/s"
+        stats += f", {(len(seen) - 1) / (seen[-1][1] - seen[0][1]):.1f} tokens/s"
     if seen:
-        overruled = sum(overruled for _, overruled, *_ in seen)
-        stats += f", rosters: {args.rosters[0]}, cache: {seen[-1][3]:,} bytes; the average overruled the clean roster"
-        stats += f" on {overruled} of the tokens"
+        stats += f", rosters: {args.rosters[0]}, cache: {seen[-1][2]:,} bytes; the average overruled the clean roster"
+        stats += f" on {sum(overruled for overruled, *_ in seen)} of the tokens"
     print(stats, file=sys.stderr)
 
 
@@ -379,7 +364,7 @@ def print_perplexity(args: argparse.Namespace, model: OLMoE, tokenizer: Tokenize
         print(f"{n:7}  {perplexity[n - 1]:10.4f}  {perplexity[n - 1] / perplexity[0] - 1:+.2%}", flush=True)
 
 
-def main() -> None:
+def main(print_text: Callable = print_generation) -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # None if closed, for which print takes standard output
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's cannot; a terminal may not know all characters
         sys.stdout.reconfigure(encoding=None if sys.stdout.isatty() else "utf-8", errors="replace")
@@ -405,7 +390,7 @@ def main() -> None:
         if args.prompt is None and "\r" in text:
             print(f"{args.ppl!r} has carriage returns, as on Windows; they are scored as they are", file=sys.stderr)
         model = load_weights(source, config, device, args.dtype)
-        run = print_generation if args.ppl is None else print_perplexity
+        run = print_text if args.ppl is None else print_perplexity
         run(args, model, tokenizer, tokens, tau)
     except BrokenPipeError:  # the reader has seen enough, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

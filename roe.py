@@ -49,13 +49,11 @@ def gumbel(seed: int, position: int, *shape: int) -> Tensor:
 
 
 def stochastic_route(logits: Tensor, noise: Tensor, k: int, weights: str = "perturbed", normalize: bool = False):
-    """Gumbel-top-k routing (equation 1): the experts of a token are TopK(R + tau G, k).
-
-    They are k experts drawn without replacement from softmax(R / tau). Where the noise is 0, plain top-k.
+    """Gumbel-top-k routing (equation 1): TopK(R + tau G, k) draws k experts without replacement from softmax(R / tau).
 
     Args:
         logits: router logits R [n, T, E], or [1, T, E] as long as all rosters are the same.
-        noise: tau G [n, T, E], already multiplied, and 0 in row 0; or 0.
+        noise: tau G [n, T, E], already multiplied, and 0 in row 0; or 0. Without noise it is plain top-k.
         weights: what mixes the chosen experts' outputs. "perturbed": the softmax of R + tau G over all E. "clean": that
             of R. Equation 1 says only which experts run; the paper leaves the mixing open.
         normalize: scale the k weights of a token to sum to 1 (OLMoE's norm_topk_prob).
@@ -101,27 +99,26 @@ def temperatures(config: Config, tau: float | Sequence[float] | None = None, ski
 # ---- 2.3 Efficient inference: n rosters as one batch ----------------------------------------------------------------
 
 
-def roster_route(model: OLMoE, positions: Sequence[int], rosters: int, tau, seed: int, weights: str) -> Callable | None:
-    """The routing of n rosters as `OLMoE.forward` takes it, for a pass over T tokens of these positions in their text.
+def run_rosters(model: OLMoE, tokens: Tensor, cache, position: int, rosters: int, tau, seed, weights: str) -> Tensor:
+    """Predicts after each of T tokens, all of them stochastic, once per roster: ids [T] -> logits [n, T, V].
 
     All rosters are the same until the first layer with noise, and one row runs for them; its router returns n rows.
-    None is plain routing, if no layer has noise. For the other arguments see `predict`.
+    `position` is that of the first token in its text, for its noise. For the other arguments and errors see `predict`.
     """
     if rosters < 1 or weights not in ("perturbed", "clean"):
         raise ValueError(f"rosters must be 1 or more, and weights perturbed or clean, not {rosters} and {weights!r}")
     c, tau = model.config, temperatures(model.config, tau)
-    if rosters == 1 or not any(tau):
-        return None
-    noise = torch.stack([gumbel(seed, p, rosters, c.num_hidden_layers, c.num_experts) for p in positions], 1)
-    noise *= torch.tensor(tau, dtype=torch.float32, device="cpu")[:, None]  # tau G [n, T, L, E]
-    noise[0] = 0  # row 0 is the clean path
-    noise = noise.to(model.device)
+    route = None  # plain routing
+    if rosters > 1 and any(tau):
+        drawn = [gumbel(seed, position + t, rosters, c.num_hidden_layers, c.num_experts) for t in range(len(tokens))]
+        noise = torch.stack(drawn, 1).to(model.device)  # G [n, T, L, E]
+        noise[0] = 0  # row 0 is the clean path
 
-    def route(layer: int, logits: Tensor) -> tuple[Tensor, Tensor]:
-        added = noise[:, :, layer] if tau[layer] else 0  # 0: as many rows come out as went in, the path does not branch
-        return stochastic_route(logits, added, c.num_experts_per_tok, weights, c.norm_topk_prob)
+        def route(layer: int, logits: Tensor) -> tuple[Tensor, Tensor]:
+            added = tau[layer] * noise[:, :, layer] if tau[layer] else 0  # 0: the path does not branch here
+            return stochastic_route(logits, added, c.num_experts_per_tok, weights, c.norm_topk_prob)
 
-    return route
+    return model(tokens[None], cache, route).expand(rosters, -1, -1)  # one row came out if no layer had noise
 
 
 @torch.inference_mode()
@@ -130,21 +127,16 @@ def predict(model: OLMoE, tokens, cache, rosters: int, tau, seed: int, weights: 
 
     Args:
         tokens: T >= 1 ids that follow those in the cache. Only the last one is stochastic.
-        cache: a `SharedCache` (the Clean Cache) or a `BranchingCache`; extended by the T tokens.
-        tau, weights: see `temperatures` and `stochastic_route`, which takes the weights by name.
-        seed: of the noise, see `gumbel`.
+        cache: a `SharedCache` (the Clean Cache) or a `BranchingCache`; extended by the T tokens. Its memory is made in
+            inference mode, in which all else must be that writes to it.
+        tau, seed, weights: see `temperatures`, `gumbel` and `stochastic_route`.
 
-    Runs in inference mode, and so must whatever else writes to the same cache, whose memory is made in that mode.
-
-    Raises ValueError: rosters below 1, unknown weights; more tokens than the context or the cache has room for (the
-    cache may already hold some of them then).
+    Raises ValueError: rosters below 1, unknown weights; a context or a cache that is full, after some of the tokens.
     """
-    tokens = as_ids(tokens, model.device)[None]
-    last = cache.length + tokens.shape[1] - 1
-    route = roster_route(model, [last], rosters, tau, seed, weights)
-    if last > cache.length:
-        model.hidden(tokens[:, :-1], cache)  # one clean row, only to fill the cache
-    return model(tokens[:, -1:], cache, route).expand(rosters, -1, -1)[:, 0]  # one row if no layer had noise
+    tokens = as_ids(tokens, model.device)
+    if len(tokens) > 1:
+        model.hidden(tokens[None, :-1], cache)  # one clean row, only to fill the cache
+    return run_rosters(model, tokens[-1:], cache, cache.length, rosters, tau, seed, weights)[:, 0]
 
 
 # ---- 3.1 Aggregation ------------------------------------------------------------------------------------------------
@@ -175,7 +167,7 @@ def generate(
 
     Ends before an end-of-text token, after `max_new_tokens`, or when the model's context is full. With the Clean Cache
     a second call, with the prompt, the text so far and the same seed, goes on as one longer call would. `watch` is
-    called as watch(logits [n, 1, V], log_probs [1, V], tokens [1], cache) for every token, before it is yielded;
+    called before a token is yielded, as watch(logits [n, t, V], log_probs [t, V], tokens [t], cache) with t = 1;
     log_probs is the average that it was chosen from.
 
     Raises ValueError, with the first token: an empty prompt, one longer than the context, an unknown name, a number out
@@ -186,12 +178,10 @@ def generate(
     if not (temperature >= 0 and top_p > 0):  # written so that NaN is refused, too
         raise ValueError(f"temperature must be 0 or more, and top_p above 0, not {temperature} and {top_p}")
     max_len = min(config.max_position_embeddings, len(tokens) + max_new_tokens - 1)  # the last new one is not read
-    if branching:
+    cache = SharedCache(config, max_len)
+    if branching:  # rosters share the prompt but its last token, the first that they predict from
         first_noisy = next((layer for layer, value in enumerate(tau) if value > 0), None)
-        shared = len(tokens) - 1  # the last token of the prompt is the first that rosters predict from
-        cache = BranchingCache(config, max_len, rosters, shared, first_noisy)
-    else:
-        cache = SharedCache(config, max_len)
+        cache = BranchingCache(config, max_len, rosters, len(tokens) - 1, first_noisy)
     for position in range(len(tokens) - 1, max_len):  # that of the last token read so far
         logits = predict(model, tokens, cache, rosters, tau, seed, weights)
         log_probs = aggregate(logits)
@@ -212,9 +202,8 @@ def choose(log_probs: Tensor, temperature: float, top_p: float, seed: int, posit
         log_probs = (log_probs - log_probs.max()) / temperature
         if top_p < 1:  # a sample from the smallest set of most likely tokens that has this probability
             probs, ids = log_probs.softmax(-1).sort(descending=True)
-            before = probs.cumsum(-1) - probs  # the probability of all that are likelier
-            before[0] = -1  # the likeliest stays, however small top_p is
-            log_probs[ids[before >= top_p]] = -math.inf
+            likelier = probs.cumsum(-1)[:-1]  # than the second, the third ...: the first stays, however small top_p is
+            log_probs[ids[1:][likelier >= top_p]] = -math.inf
         # It is drawn as experts are, by adding Gumbel noise: that of a position below 0, which no token has.
         log_probs += gumbel(seed, -1 - position, len(log_probs)).to(log_probs.device)
     return log_probs.argmax().item()
@@ -229,20 +218,18 @@ def score(
     seed: int = 0,
     weights: str = "perturbed",
     cache: SharedCache | None = None,  # holds what comes before tokens[0], and has room for T - 1 more
-    watch: Callable | None = None,
+    watch: Callable | None = None,  # as in `generate`, for t tokens at once
 ) -> Tensor:
     """Log-probability of every token but the first under 1, 2, ..., n rosters (section 2.2, validation perplexity).
 
     The Clean Cache keeps row 0 alone, which has no noise. So a token's noise reaches no other token, and one pass over
-    T tokens with n rows computes what decoding does: row r at position t sees the clean keys and values before t, and
-    its own at t. `watch` is called as watch(logits [n, t, V], log_probs [t, V], tokens [t], cache) for every t tokens.
+    T tokens with n rows computes what decoding does: row r at position t sees the clean history, and itself.
 
     Returns:
         log-probabilities [n, T - 1] of tokens[1:] in float32; row m - 1 is, but for rounding, what `generate` with m
         rosters and the Clean Cache would choose from, token by token (in a long text up to the end of its first piece).
 
-    Raises ValueError: fewer than two tokens, a cache and a text longer than the context, an unknown name, a number out
-    of its range, predictions that are not finite.
+    Raises ValueError: fewer than two tokens, a cache and a text longer than the context; else as `generate`.
     """
     tokens = as_ids(tokens, model.device, least=2)
     most = model.config.max_position_embeddings
@@ -252,15 +239,13 @@ def score(
     for piece, targets in zip(tokens[:-1].split(most), tokens[1:].split(most)):
         history = SharedCache(model.config, len(piece)) if cache is None else cache
         for part, target in zip(piece.split(chunk), targets.split(chunk)):
-            route = roster_route(model, range(position, position + len(part)), rosters, tau, seed, weights)
-            logits = model(part[None], history, route).expand(rosters, -1, -1)
+            logits = run_rosters(model, part, history, position, rosters, tau, seed, weights)
             found = logits.float().log_softmax(-1).gather(-1, target.expand(rosters, -1)[..., None])[..., 0]
-            scores.append(found.logcumsumexp(0))
+            scores.append(found.logcumsumexp(0) - torch.ones_like(found).cumsum(0).log())  # the means of 1, 2, ..., n
             if watch:
                 watch(logits, aggregate(logits), target, history)
             position += len(part)
-    counts = torch.arange(1, rosters + 1, dtype=torch.float32, device=model.device)
-    scores = torch.cat(scores, 1) - counts[:, None].log()  # of the mean over the first 1, 2, ..., n rows
+    scores = torch.cat(scores, 1)
     if scores.isnan().any():
         raise ValueError(NOT_FINITE)
     return scores
@@ -313,7 +298,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--top-p", type=number(float, 1e-6, 1), default=1.0, help="sample from the likeliest tokens of this mass [1]")
     add("--cache", choices=["shared", "branching"], default="shared", help="one history, or one per roster [shared]")
     add("--chat", action="store_true", help="wrap the prompt as the OLMoE Instruct models expect it")
-    add("--show", action="store_true", help="shade tokens that few rosters chose, underline those that overruled")
     add = parser.add_argument_group("the model").add_argument
     add("--model", help="directory, or hub id such as allenai/OLMoE-1B-7B-0125-Instruct [the one that comes with RoE]")
     add("--device", default="auto", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
@@ -338,49 +322,34 @@ def fail(message: object) -> None:
     sys.exit(2)
 
 
-def shade(text: str, seen: list[tuple]) -> str:
-    """Text on a background: the fewer rosters agree, the redder, from none over yellow; underlined where overruled."""
-    agreement = min((agreement for agreement, *_ in seen), default=1)
-    if agreement == 1 or not text:
-        return text
-    background = (203, 209, 215, 222, 229)[min(4, int(agreement * 5))]  # of the 256 colours that terminals have
-    style = f"\033[{'4;' * any(overruled for _, overruled, *_ in seen)}38;5;16;48;5;{background}m"
-    return style + text.replace("\n", f"\033[0m\n{style}") + "\033[0m"
-
-
 def print_generation(args: argparse.Namespace, model: OLMoE, tokenizer: Tokenizer, tokens: list[int], tau) -> None:
     """Streams the text to standard output, then one line of statistics to standard error."""
-    colours = args.show and sys.stdout and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     ids = []
     text = ""
-    seen = []  # of each token: its rosters' agreement, whether they overruled the clean one, when, the cache's bytes
-    shown = 0  # of these
+    seen = []  # of each token: whether its rosters overruled the clean one, when, the cache's bytes
 
     def watch(logits, log_probs, tokens, cache):
-        agreement = (logits.argmax(-1) == tokens).float().mean().item() if len(logits) > 1 else 1
         overruled = (log_probs.argmax() != logits[0].argmax()).item()
-        seen.append((agreement, overruled, time.perf_counter(), cache.nbytes))
+        seen.append((overruled, time.perf_counter(), cache.nbytes))
 
-    names = ("max_new_tokens", "temperature", "top_p", "seed", "weights")
-    options = {name: getattr(args, name) for name in names} | {"branching": args.cache == "branching"}
+    how = args.cache == "branching", args.max_new_tokens, args.temperature, args.top_p, args.seed, args.weights
     try:
-        for token in generate(model, tokens, args.rosters[0], tau, watch=watch, **options):
+        for token in generate(model, tokens, args.rosters[0], tau, *how, watch=watch):
             ids.append(token)
             piece = tokenizer.decode(ids)[len(text) :]
             if not piece.endswith("\ufffd"):  # as within a character of several tokens
-                print(shade(piece, seen[shown:]) if colours else piece, end="", flush=True)
-                text, shown = text + piece, len(seen)
+                print(piece, end="", flush=True)
+                text += piece
     except KeyboardInterrupt:  # what has been generated stands
         if not seen:
             raise
     print(tokenizer.decode(ids)[len(text) :], flush=True)
     stats = f"{len(ids)} tokens"
     if len(seen) > 1:
-        stats += f", {(len(seen) - 1) / (seen[-1][2] - seen[0][2]):.1f} tokens/s"
+        stats += f", {(len(seen) - 1) / (seen[-1][1] - seen[0][1]):.1f} tokens/s"
     if seen:
-        overruled = sum(overruled for _, overruled, *_ in seen)
-        stats += f", rosters: {args.rosters[0]}, cache: {seen[-1][3]:,} bytes; the average overruled the clean roster"
-        stats += f" on {overruled} of the tokens"
+        stats += f", rosters: {args.rosters[0]}, cache: {seen[-1][2]:,} bytes; the average overruled the clean roster"
+        stats += f" on {sum(overruled for overruled, *_ in seen)} of the tokens"
     print(stats, file=sys.stderr)
 
 
@@ -395,7 +364,7 @@ def print_perplexity(args: argparse.Namespace, model: OLMoE, tokenizer: Tokenize
         print(f"{n:7}  {perplexity[n - 1]:10.4f}  {perplexity[n - 1] / perplexity[0] - 1:+.2%}", flush=True)
 
 
-def main() -> None:
+def main(print_text: Callable = print_generation) -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # None if closed, for which print takes standard output
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's cannot; a terminal may not know all characters
         sys.stdout.reconfigure(encoding=None if sys.stdout.isatty() else "utf-8", errors="replace")
@@ -420,7 +389,7 @@ def main() -> None:
         if args.prompt is None and "\r" in text:
             print(f"{args.ppl!r} has carriage returns, as on Windows; they are scored as they are", file=sys.stderr)
         model = load_weights(source, config, args.device, args.dtype)
-        run = print_generation if args.ppl is None else print_perplexity
+        run = print_text if args.ppl is None else print_perplexity
         run(args, model, tokenizer, tokens, tau)
     except BrokenPipeError:  # the reader has seen enough, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

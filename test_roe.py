@@ -621,8 +621,7 @@ def test_positions_count_on_through_the_pieces_of_a_long_text(small):
         for t in (0, 1, 42):
             if t > cache.length:
                 small.model.hidden(piece[None, cache.length : t], cache)
-            route = roe.roster_route(small.model, [start + t], 3, TAU, 9, "perturbed")
-            logits = small.model(piece[None, [t]], cache, route)[:, 0]
+            logits = roe.run_rosters(small.model, piece[[t]], cache, start + t, 3, TAU, 9, "perturbed")[:, 0]
             torch.testing.assert_close(scores[2, start + t], roe.aggregate(logits)[targets[t]], **ONE_TEXT)
 
 
@@ -955,7 +954,7 @@ def stream(capfd, monkeypatch):
     def run(tokenizer, ids):
         pieces = []
         settings = dict.fromkeys(("cache", "max_new_tokens", "temperature", "top_p", "seed", "weights"), 0)
-        args = SimpleNamespace(rosters=[1], show=False, **settings)
+        args = SimpleNamespace(rosters=[1], **settings)
         monkeypatch.setattr(roe, "generate", lambda *_, **__: (pieces.append(capfd.readouterr().out) or i for i in ids))
         roe.print_generation(args, None, tokenizer, [], [])
         return pieces[1:], "".join(pieces) + capfd.readouterr().out
@@ -1265,22 +1264,6 @@ def test_prompt_from_standard_input_and_chat(cli, small, tmp_path):
     refused(cli(*options, "--chat"), "no chat template as OLMoE's")
 
 
-def test_show_shades_on_a_terminal_only(cli, monkeypatch):
-    assert roe.shade("ab", [(1.0, False)]) == "ab"
-    assert (
-        roe.shade("a\n b", [(0.75, True), (0.5, False)])
-        == "\033[4;38;5;16;48;5;215ma\033[0m\n\033[4;38;5;16;48;5;215m b\033[0m"
-    )
-    options = ["--prompt", "def f(x):\n", "--tau", "1", "--rosters", "8", "--max-new-tokens", "40"]
-    plain = cli(*options)[1]
-    assert cli(*options, "--show")[1] == plain  # not a terminal
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    shaded = cli(*options, "--show")[1]
-    assert shaded != plain and re.sub("\033\\[[0-9;]*m", "", shaded) == plain
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert cli(*options, "--show")[1] == plain
-
-
 @pytest.fixture
 def forced(monkeypatch, embedded):
     """Makes the program generate a text, two tokens a second, from votes: those of the average and of each roster."""
@@ -1302,13 +1285,12 @@ def forced(monkeypatch, embedded):
     return force
 
 
-def test_shades_and_statistics(cli, forced, monkeypatch):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    # A character of three tokens: the least agreement, and overruled at the first. Then one that a clean roster alone
-    # was sure of, whatever was sampled, and one that was sampled though no roster's first choice.
+def test_statistics(cli, forced):
+    # A character of three tokens, overruled at the first. Then one that a clean roster alone was sure of, whatever was
+    # sampled, and one that was sampled though no roster's first choice.
     forced("a日bc", "xxxxx", "x.xxx", "xx.x.", "xxxxx", "..", ".....")
-    status, out, err = cli("--prompt", "x", "--show")
-    assert (status, out) == (0, "a\033[4;38;5;16;48;5;215m日\033[0mb\033[38;5;16;48;5;203mc\033[0m\n")
+    status, out, err = cli("--prompt", "x")
+    assert (status, out) == (0, "a日bc\n")
     assert err == (
         "6 tokens, 2.0 tokens/s, rosters: 4, cache: 1,234,567 bytes; "
         "the average overruled the clean roster on 1 of the tokens\n"
@@ -1347,7 +1329,7 @@ def test_reader_that_leaves(cli, monkeypatch, job):
 
 
 def test_closed_streams(cli, monkeypatch):
-    options = ["--prompt", "class ", "--max-new-tokens", "5", "--show"]
+    options = ["--prompt", "class ", "--max-new-tokens", "5"]
     _, out, err = cli(*options)
     assert program(*options, closing="2>&-") == (0, out, "")
     assert program("--rosters", "0", closing="2>&-") == (2, "", "")
@@ -1424,7 +1406,7 @@ def test_documented_defaults(monkeypatch, capsys):
         found = {parameter.name: parameter.default for parameter in parameters if parameter.default != parameter.empty}
         assert found == {name: DEFAULTS[name] for name in names.split()}
     monkeypatch.setattr(sys, "argv", ["roe.py", "--prompt=x"])
-    expected = {"prompt": "x", "ppl": None, "cache": "shared", "chat": False, "show": False, "model": None}
+    expected = {"prompt": "x", "ppl": None, "cache": "shared", "chat": False, "model": None}
     names = "tau skip weights seed max_new_tokens temperature top_p device dtype"
     expected |= {"rosters": [DEFAULTS["rosters"]]} | {name: DEFAULTS[name] for name in names.split()}
     assert vars(roe.parse_arguments()) == expected
@@ -1562,7 +1544,7 @@ for option, sentence, *values in (
     ("--temperature", "--temperature: must be from 0 to 1000, not {}", "-1", "nan", "inf"),
 ):
     BAD_ARGUMENTS |= {f"{option} {value}": ([option, value], sentence.format(value)) for value in values}
-for option in ("--cache=branching", "--chat", "--temperature=1", "--max-new-tokens=9", "--show"):
+for option in ("--cache=branching", "--chat", "--temperature=1", "--max-new-tokens=9"):
     BAD_ARGUMENTS[f"--ppl {option}"] = ["--ppl", __file__, option], f"--ppl does not read {option.split('=')[0]}"
 
 

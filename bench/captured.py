@@ -57,7 +57,7 @@ def use_static(model: OLMoE) -> None:
 
 
 def draw(config: Config, rosters: int, tau: list[float], seed: int, positions: Iterable[int], gumbel=roe.gumbel):
-    """tau G of tokens at T positions, [n, T, L, E] on the CPU: what `roe.roster_route` adds to the routers' logits."""
+    """tau G of tokens at T positions, [n, T, L, E] on the CPU: what `roe.run_rosters` adds to the routers' logits."""
     G = [gumbel(seed, position, rosters, config.num_hidden_layers, config.num_experts) for position in positions]
     noise = torch.stack(G, 1) * torch.tensor(tau)[:, None]
     noise[0] = 0  # row 0 is the clean path

@@ -67,8 +67,7 @@ def test_fast_equals_plain(tmp_path, monkeypatch, dtype, wide):
     tokens, results = torch.tensor([random_tokens(620)]), []
     for model in (fast, plain, exact):
         cache = SharedCache(model.config, 620)
-        route = lambda i, j: roe.roster_route(model, range(i, j), 5, TAU, 0, "perturbed")
-        run = lambda i, j: model(tokens[:, i:j], cache, route(i, j)).flatten(0, 1)
+        run = lambda i, j: roe.run_rosters(model, tokens[0, i:j], cache, i, 5, TAU, 0, "perturbed").flatten(0, 1)
         parts = [model(tokens[:, :600], cache)[0], model(tokens[:, 600:610], cache)[0], run(610, 611), run(611, 616)]
         cache.length = 0
         results.append(torch.cat([*parts, run(0, 3)]).float())
@@ -198,8 +197,7 @@ def test_on_a_gpu_without_one(monkeypatch, fast):
             logits = roe.predict(model, [1, 2, 3], cache, 4, TAU, 0)
             assert logits.device.type == roe.aggregate(logits).device.type == "cuda" and logits.shape == (4, 304)
         cache = SharedCache(model.config, 40)
-        route = roe.roster_route(model, range(20), 4, TAU, 0, "clean")
-        assert model(roe.as_ids(range(20), model.device)[None], cache, route).is_cuda
+        assert roe.run_rosters(model, roe.as_ids(range(20), model.device), cache, 0, 4, TAU, 0, "clean").is_cuda
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library is not glibc")

@@ -246,7 +246,7 @@ def draw_show() -> None:
     from rich.console import Console
     from rich.text import Text
 
-    command = ["roe.py", "--prompt", "class Error(Exception):", "--rosters", "32", "--max-new-tokens", "55", "--show"]
+    command = ["study/show.py", "--prompt", "class Error(Exception):", "--rosters", "32", "--max-new-tokens", "55"]
     reader, terminal = pty.openpty()
     process = subprocess.Popen([sys.executable, *command], stdout=terminal, stderr=subprocess.DEVNULL, cwd=ROOT)
     os.close(terminal)

@@ -238,8 +238,8 @@ def chat_prompt(folder: Path, message: str) -> str:
     return f"<|endoftext|><|user|>\n{message}\n<|assistant|>\n"
 
 
-def read_text(prompt: str | None, file: str | None) -> str:
-    """The text of --prompt or --ppl: as given, or from standard input or a file, which may be without end."""
+def read_text(prompt: str | None, file: str | None = None) -> str:
+    """A prompt, as given or for "-" from standard input; or None and a file. Both of these may be without end."""
     with using("the prompt" if file is None else repr(file), "give text in UTF-8"):
         if prompt in (None, "-"):
             with open(0 if prompt else file, "rb", closefd=not prompt) as opened:

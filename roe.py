@@ -24,7 +24,6 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # which
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from tqdm import tqdm
 
 from cache import BranchingCache, SharedCache
 from load import chat_prompt, describe, load_weights, read_tau, read_text
@@ -282,17 +281,14 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Roster of Experts (arXiv 2509.17238).", epilog="[ ]: defaults.")
     hint = "; write --prompt=TEXT for a text that begins with -"
     parser.error = lambda message: fail(message + hint * ("--prompt: expected" in message))
-    add = parser.add_argument_group("what to do").add_mutually_exclusive_group(required=True).add_argument
-    add("--prompt", metavar="TEXT", help="continue this text; - reads it from standard input")
-    add("--ppl", metavar="FILE", help="print the perplexity of a text file for every count in --rosters")
     add = parser.add_argument_group("the rosters").add_argument
-    add("--rosters", type=number(int, 1, 1024), nargs="+", default=[4], help="per token; 1 is plain decoding [4]")
+    add("--rosters", type=number(int, 1, 1024), default=4, help="per token; 1 is plain decoding [4]")
     add("--tau", help=f"noise temperature, or a JSON file of one per layer [tau.json beside the model, else {TAU}]")
     add("--skip", type=number(int, 0), default=1, help="layers without noise at each end; not with a file [1]")
     add("--weights", choices=["perturbed", "clean"], default="perturbed", help="softmax(R + tau G), or softmax(R)")
     add("--seed", type=int, default=0, help="of noise and sampling; any whole number [0]")
-    text_options = parser.add_argument_group("the text, with --prompt")
-    add = text_options.add_argument
+    add = parser.add_argument_group("the text").add_argument
+    add("--prompt", required=True, metavar="TEXT", help="continue this text; - reads it from standard input")
     add("--max-new-tokens", type=number(int, 1), default=128, help="stop after this many tokens [128]")
     add("--temperature", type=number(float, 0, 1000), default=0.0, help="of samples; 0: greedy [0]")
     add("--top-p", type=number(float, 1e-6, 1), default=1.0, help="sample from the likeliest tokens of this mass [1]")
@@ -303,13 +299,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--device", default="auto", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
     add("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto", help="[as stored, or float32]")
     args = parser.parse_args()
-    if args.ppl is None and len(args.rosters) > 1:
-        fail("--rosters takes one count; several are for --ppl")
     if args.top_p < 1 and args.temperature == 0:
         fail("--top-p is for sampling; give a --temperature above 0, too")
-    for option in text_options._group_actions:
-        if args.ppl is not None and getattr(args, option.dest) != option.default:
-            fail(f"--ppl does not read {option.option_strings[0]}; leave it out")
     return args
 
 
@@ -334,7 +325,7 @@ def print_generation(args: argparse.Namespace, model: OLMoE, tokenizer: Tokenize
 
     how = args.cache == "branching", args.max_new_tokens, args.temperature, args.top_p, args.seed, args.weights
     try:
-        for token in generate(model, tokens, args.rosters[0], tau, *how, watch=watch):
+        for token in generate(model, tokens, args.rosters, tau, *how, watch=watch):
             ids.append(token)
             piece = tokenizer.decode(ids)[len(text) :]
             if not piece.endswith("\ufffd"):  # as within a character of several tokens
@@ -348,20 +339,9 @@ def print_generation(args: argparse.Namespace, model: OLMoE, tokenizer: Tokenize
     if len(seen) > 1:
         stats += f", {(len(seen) - 1) / (seen[-1][1] - seen[0][1]):.1f} tokens/s"
     if seen:
-        stats += f", rosters: {args.rosters[0]}, cache: {seen[-1][2]:,} bytes; the average overruled the clean roster"
+        stats += f", rosters: {args.rosters}, cache: {seen[-1][2]:,} bytes; the average overruled the clean roster"
         stats += f" on {sum(overruled for overruled, *_ in seen)} of the tokens"
     print(stats, file=sys.stderr)
-
-
-def print_perplexity(args: argparse.Namespace, model: OLMoE, tokenizer: Tokenizer, tokens: list[int], tau) -> None:
-    """Prints a table of perplexity against the number of rosters."""
-    with tqdm(total=len(tokens) - 1, desc="scoring", unit="token", leave=False, delay=1, disable=None) as progress:
-        watch = None if progress.disable else lambda logits, log_probs, tokens, cache: progress.update(len(tokens))
-        scores = score(model, tokens, max(args.rosters), tau, args.seed, args.weights, watch=watch)
-    perplexity = scores.mean(1).neg().exp().tolist()
-    print("rosters  perplexity  change", flush=True)
-    for n in args.rosters:
-        print(f"{n:7}  {perplexity[n - 1]:10.4f}  {perplexity[n - 1] / perplexity[0] - 1:+.2%}", flush=True)
 
 
 def main(print_text: Callable = print_generation) -> None:
@@ -370,7 +350,7 @@ def main(print_text: Callable = print_generation) -> None:
         sys.stdout.reconfigure(encoding=None if sys.stdout.isatty() else "utf-8", errors="replace")
     args = parse_arguments()
     try:  # all that can be refused is refused before weights are fetched or read
-        text = read_text(args.prompt, args.ppl)
+        text = read_text(args.prompt)
         tau = read_tau(args.tau)
         source, folder, config, tokenizer = describe(args.model)
         if args.skip != 1 and (isinstance(tau, list) or tau is None and config.tau):
@@ -382,15 +362,9 @@ def main(print_text: Callable = print_generation) -> None:
         tokens = tokenizer.encode(text, add_special_tokens=not args.chat).ids
         if max(tokens, default=0) >= config.vocab_size:
             raise ValueError(f"the text has the token id {max(tokens)}, but vocab_size is only {config.vocab_size}")
-        if args.ppl is None:
-            as_ids(tokens, "cpu", most=config.max_position_embeddings)
-        else:
-            as_ids(tokens, "cpu", least=2)
-        if args.prompt is None and "\r" in text:
-            print(f"{args.ppl!r} has carriage returns, as on Windows; they are scored as they are", file=sys.stderr)
+        as_ids(tokens, "cpu", most=config.max_position_embeddings)
         model = load_weights(source, config, args.device, args.dtype)
-        run = print_text if args.ppl is None else print_perplexity
-        run(args, model, tokenizer, tokens, tau)
+        print_text(args, model, tokenizer, tokens, tau)
     except BrokenPipeError:  # the reader has seen enough, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:

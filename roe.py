@@ -17,7 +17,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # which torch does not need here
 
@@ -82,16 +81,14 @@ def temperatures(config: Config, tau: float | Sequence[float] | None = None, ski
     Raises ValueError: a value that is not from 0 to 100, or not one per layer.
     """
     layers = config.num_hidden_layers
-    if tau is None:
-        tau = TAU if config.tau is None else config.tau
+    tau = next(value for value in (tau, config.tau, TAU) if value is not None)
     values = tau.tolist() if hasattr(tau, "tolist") else tau  # numpy's and torch's
     if not isinstance(values, Sequence):
         values = [values if skip <= layer < layers - skip else 0.0 for layer in range(layers)]
     if len(values) != layers:
         raise ValueError(f"tau has {len(values)} values, but the model has {layers} layers; give one value per layer")
-    for value in values:
-        if not 0 <= value <= 100:
-            raise ValueError(f"tau must be a number from 0 to 100, not {value}")
+    if not all(0 <= value <= 100 for value in values):
+        raise ValueError(f"tau must be numbers from 0 to 100, not {values}")
     return [float(value) for value in values]
 
 
@@ -279,29 +276,25 @@ def number(kind: type, low: float, high: float = 10**9) -> Callable[[str], float
 def parse_arguments() -> argparse.Namespace:
     """The command line, checked as far as it can be without a model."""
     parser = argparse.ArgumentParser(description="Roster of Experts (arXiv 2509.17238).", epilog="[ ]: defaults.")
-    hint = "; write --prompt=TEXT for a text that begins with -"
-    parser.error = lambda message: fail(message + hint * ("--prompt: expected" in message))
+    parser.error = lambda message: fail(f"{message}; see --help")
+    add = parser.add_argument_group("the text").add_argument
+    add("--prompt", required=True, metavar="TEXT", help="continue this; -: standard input; --prompt=-x for -x")
+    add("--max-new-tokens", type=number(int, 1), default=128, help="stop after this many tokens [128]")
+    add("--temperature", type=number(float, 0, 1000), default=0.0, help="of samples; 0: greedy [0]")
+    add("--top-p", type=number(float, 1e-6, 1), default=1.0, help="sample from the likeliest tokens of this mass [1]")
+    add("--cache", choices=["shared", "branching"], default="shared", help="one history, or one per roster [shared]")
+    add("--chat", action="store_true", help="wrap the prompt as the OLMoE Instruct models expect it")
     add = parser.add_argument_group("the rosters").add_argument
     add("--rosters", type=number(int, 1, 1024), default=4, help="per token; 1 is plain decoding [4]")
     add("--tau", help=f"noise temperature, or a JSON file of one per layer [tau.json beside the model, else {TAU}]")
     add("--skip", type=number(int, 0), default=1, help="layers without noise at each end; not with a file [1]")
     add("--weights", choices=["perturbed", "clean"], default="perturbed", help="softmax(R + tau G), or softmax(R)")
     add("--seed", type=int, default=0, help="of noise and sampling; any whole number [0]")
-    add = parser.add_argument_group("the text").add_argument
-    add("--prompt", required=True, metavar="TEXT", help="continue this text; - reads it from standard input")
-    add("--max-new-tokens", type=number(int, 1), default=128, help="stop after this many tokens [128]")
-    add("--temperature", type=number(float, 0, 1000), default=0.0, help="of samples; 0: greedy [0]")
-    add("--top-p", type=number(float, 1e-6, 1), default=1.0, help="sample from the likeliest tokens of this mass [1]")
-    add("--cache", choices=["shared", "branching"], default="shared", help="one history, or one per roster [shared]")
-    add("--chat", action="store_true", help="wrap the prompt as the OLMoE Instruct models expect it")
     add = parser.add_argument_group("the model").add_argument
     add("--model", help="directory, or hub id such as allenai/OLMoE-1B-7B-0125-Instruct [the one that comes with RoE]")
     add("--device", default="auto", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
     add("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto", help="[as stored, or float32]")
-    args = parser.parse_args()
-    if args.top_p < 1 and args.temperature == 0:
-        fail("--top-p is for sampling; give a --temperature above 0, too")
-    return args
+    return parser.parse_args()
 
 
 def fail(message: object) -> None:
@@ -309,7 +302,7 @@ def fail(message: object) -> None:
     line = " ".join(str(message).split())
     line = line if len(line) <= 1000 else f"{line[:500]} ... {line[-500:]}"
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+    print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -350,14 +343,15 @@ def main(print_text: Callable = print_generation) -> None:
         sys.stdout.reconfigure(encoding=None if sys.stdout.isatty() else "utf-8", errors="replace")
     args = parse_arguments()
     try:  # all that can be refused is refused before weights are fetched or read
+        if args.top_p < 1 and args.temperature == 0:
+            raise ValueError("--top-p is for sampling; give a --temperature above 0, too")
         text = read_text(args.prompt)
         tau = read_tau(args.tau)
         source, folder, config, tokenizer = describe(args.model)
-        if args.skip != 1 and (isinstance(tau, list) or tau is None and config.tau):
-            raise ValueError("--skip is for one --tau; a file of temperatures says what every layer gets")
+        tau = config.tau if tau is None else tau
+        if args.skip != 1 and (isinstance(tau, list) or 2 * args.skip >= config.num_hidden_layers):
+            raise ValueError("--skip must leave layers with noise, and is for one --tau, not for a file of them")
         tau = temperatures(config, tau, args.skip)
-        if args.skip != 1 and 2 * args.skip >= config.num_hidden_layers:
-            raise ValueError("--skip leaves no layer with noise; give fewer")
         text = chat_prompt(folder, text) if args.chat else text
         tokens = tokenizer.encode(text, add_special_tokens=not args.chat).ids
         if max(tokens, default=0) >= config.vocab_size:

@@ -9,7 +9,6 @@ Both caches hand a layer's attention these two, and differ only in what they kee
 
 `length` is the number of positions stored so far, which the last layer advances. Lower it to forget those beyond (with
 the branching cache not below `prompt_len`). The first keys say in which dtype and on which device memory is allocated.
-
 Shapes: n rows, Hk key-value heads of size D, T new positions.
 """
 
@@ -83,8 +82,7 @@ class BranchingCache:
         Raises ValueError: the cache is full; n > 1 rows before the prompt is complete, or with T > 1.
         """
         if not self.layers:
-            for shared, own in self.shapes:
-                self.layers.append((k.new_empty(shared), v.new_empty(shared), k.new_empty(own), v.new_empty(own)))
+            self.layers = [[t.new_empty(shape) for shape in shapes for t in (k, v)] for shapes in self.shapes]
             self.nbytes = sum(tensor.nbytes for tensors in self.layers for tensor in tensors)
         shared_k, shared_v, own_k, own_v = self.layers[layer]
         alone = len(k) == 1  # the prompt, or a layer that is not after the first noisy one

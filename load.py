@@ -238,19 +238,18 @@ def chat_prompt(folder: Path, message: str) -> str:
     return f"<|endoftext|><|user|>\n{message}\n<|assistant|>\n"
 
 
-def read_text(prompt: str | None, file: str | None = None) -> str:
-    """A prompt, as given or for "-" from standard input; or None and a file. Both of these may be without end."""
-    with using("the prompt" if file is None else repr(file), "give text in UTF-8"):
-        if prompt in (None, "-"):
-            with open(0 if prompt else file, "rb", closefd=not prompt) as opened:
+def read_text(prompt: str, file: str | int = 0) -> str:
+    """A prompt as given or, for "-", what a file holds, by default standard input (0). Both may be without end."""
+    with using("the prompt" if file == 0 else repr(file), "give text in UTF-8"):
+        data = os.fsencode(prompt)
+        if prompt == "-":
+            with open(file, "rb", closefd=file != 0) as opened:
                 os.set_blocking(opened.fileno(), True)  # else reading ends where a pipe is empty for now
                 data = opened.read(MOST_BYTES + 1)
-        else:
-            data = os.fsencode(prompt)
         if len(data) > MOST_BYTES:
             raise ValueError(f"it has more than {MOST_BYTES:,} bytes; give a part of it")
         text = data.decode("utf-8-sig")  # without the byte order mark that some editors write
-    return text.removesuffix("\n").removesuffix("\r") if prompt == "-" else text  # `echo` adds these
+    return text.removesuffix("\n").removesuffix("\r") if (prompt, file) == ("-", 0) else text  # `echo` adds these
 
 
 def read_tau(argument: str | None) -> float | list[float] | None:

@@ -146,7 +146,7 @@ class Attention(nn.Module):
         if self.clip is not None:
             q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
         q, k, v = (t.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))  # [n, H or Hk, T, D]
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = (t * cos + t.roll(self.head_dim // 2, -1) * sin for t in (q, k))  # RoPE turns each pair (i, i + D/2)
         if cache:
             out = self.attend(q, *cache.update(layer, k, v))
         else:
@@ -188,18 +188,8 @@ class Expert(nn.Module):  # a SwiGLU network
 
 
 def top_k(logits: Tensor, k: int, normalize: bool = False) -> tuple[Tensor, Tensor]:
-    """Plain routing: the k experts with the largest logits, mixed by their softmax probabilities.
-
-    Router logits R [..., E] -> weights [..., k] in float32, which `normalize` scales to sum to 1, and indices [..., k].
-    """
-    logits = logits.float()
-    indices = logits.topk(k).indices
-    weights = logits.softmax(-1).gather(-1, indices)
+    """Plain routing: router logits R [..., E] -> the k likeliest experts' weights [..., k], in float32, and indices."""
+    weights, indices = logits.float().softmax(-1).topk(k)
     if normalize:
         weights = weights / weights.sum(-1, keepdim=True)
     return weights, indices
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding: turns each pair (i, i + D/2) of x [..., T, D]; cos and sin [T, D] as in `hidden`."""
-    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin

@@ -1492,7 +1492,7 @@ def test_a_pipe_that_is_not_ready():
     try:
         with ThreadPoolExecutor(1) as thread:
             thread.submit(write)
-            assert read_text("-", None) == "class Stack:"
+            assert read_text("-") == "class Stack:"
     finally:
         os.dup2(stdin, 0)
         os.close(stdin)

@@ -160,7 +160,7 @@ def main() -> None:
     try:  # all that can be refused is refused before weights are read
         if args.output.is_dir() or not args.output.parent.is_dir():
             raise ValueError(f"{args.output} cannot be written; give --output a file in a folder that is there")
-        text, tau, device = read_text(args.prompt, None), read_tau(args.tau), pick_device(args.device)
+        text, tau, device = read_text(args.prompt), read_tau(args.tau), pick_device(args.device)
         source, folder, config, tokenizer = describe(args.model)
         if args.skip != 1 and (isinstance(tau, list) or tau is None and config.tau):
             raise ValueError("--skip is for one --tau; a file of temperatures says what every layer gets")

@@ -46,7 +46,7 @@ def main() -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # None if closed, for which print takes standard output
     args = parse_arguments()
     try:  # all that can be refused is refused before weights are fetched or read
-        text, tau = read_text(None, args.file), read_tau(args.tau)
+        text, tau = read_text("-", args.file), read_tau(args.tau)
         source, _, config, tokenizer = describe(args.model)
         if args.skip != 1 and (isinstance(tau, list) or tau is None and config.tau):
             raise ValueError("--skip is for one --tau; a file of temperatures says what every layer gets")

@@ -170,7 +170,7 @@ def main() -> None:
     except ImportError:
         fail('the search needs Optuna; install it with: pip install -e ".[tune]"')
     try:
-        text = read_text(None, args.file)
+        text = read_text("-", args.file)
         lock = FileLock(f"{args.output}.log.lock")  # held as long as there is this variable
         log, trials = open_log(args.output, lock)
         with log:

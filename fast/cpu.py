@@ -12,6 +12,11 @@ from torch import Tensor, nn
 
 from model import Experts
 
+try:
+    malloc_trim, mallopt = ctypes.CDLL(None).malloc_trim, ctypes.CDLL(None).mallopt
+except (AttributeError, OSError, TypeError):  # another C library than glibc
+    malloc_trim = mallopt = lambda *_: None
+
 
 class FastLinear(nn.Module):
     """`nn.Linear` with a weight that is arranged once as oneDNN multiplies it (packed), and not for every product.
@@ -137,21 +142,7 @@ class SortedExperts(nn.Module):
         return (weights.unsqueeze(2) @ out.view(*indices.shape, -1)).squeeze(2)
 
 
-def call_libc(name: str, *args: int) -> None:
-    """Calls a function of glibc; does nothing where there is none."""
-    try:
-        getattr(ctypes.CDLL(None), name)(*args)
-    except (AttributeError, OSError, TypeError):  # another libc
-        pass
-
-
-def give_back_memory() -> None:
-    """What was freed while matrices were packed lies in pieces, which glibc would keep: a third of a model."""
-    call_libc("malloc_trim", 0)
-
-
 def keep_memory() -> None:
     """What is freed from now on stays with the process, to be used again: a prompt takes a tenth less time."""
-    trim_threshold, mmap_threshold = -1, -3  # as malloc.h numbers them
-    call_libc("mallopt", trim_threshold, 2**31 - 1)
-    call_libc("mallopt", mmap_threshold, 2**25)  # the highest there is
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, the highest there is

@@ -4,6 +4,7 @@ How many times as fast a part is stands in its docstring: measured by `python be
 two cores with AVX-512, or held to AVX2 where it says so.
 """
 
+import contextlib
 import ctypes
 
 import torch
@@ -29,10 +30,9 @@ class FastLinear(nn.Module):
 
     def __init__(self, weight: Tensor):
         super().__init__()
-        self.packed = packs_on(weight)
-        self.wide = widens_on(weight) and not self.packed
-        weight = pack(weight) if self.packed else weight
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight = nn.Parameter(pack(weight), requires_grad=False)
+        self.packed = self.weight.is_mkldnn
+        self.wide = widens_on(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed:
@@ -43,10 +43,6 @@ class FastLinear(nn.Module):
         return torch.cat([multiply(x.float(), part.float()) for part in parts], -1).to(x.dtype)
 
 
-def pack(weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)  # 16: some rows are expected, not one
-
-
 def multiply(x: Tensor, weight: Tensor) -> Tensor:
     """`F.linear` by oneDNN: with few rows of float32 faster than MKL, which PyTorch would call."""
     try:
@@ -55,15 +51,15 @@ def multiply(x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
 
 
-def packs_on(weight: Tensor) -> bool:
-    """Whether packing pays, and works."""
+def pack(weight: Tensor) -> Tensor:
+    """The same numbers, packed where that pays and works, else as they are."""
     large = weight.dtype == torch.float32 and weight.numel() >= 2**19  # MKL is as fast with small ones
-    try:
-        ones = weight.new_ones(8, 8, device="cpu")
-        works = multiply(ones[:1], pack(ones)).sum().item() == 64
-    except (AttributeError, RuntimeError):  # as with bfloat16 without AVX-512
-        return False
-    return weight.is_cpu and works and (large or weight.dtype == torch.bfloat16)
+    if weight.is_cpu and (large or weight.dtype == torch.bfloat16):
+        with contextlib.suppress(AttributeError, RuntimeError):  # as with bfloat16 without AVX-512
+            one = weight.new_ones(1, 1)
+            torch.ops.mkldnn._linear_pointwise(one, one, None, "none", [], "")  # without it no packed one is of use
+            return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)  # 16: some rows are expected, not one
+    return weight
 
 
 def widens_on(weight: Tensor) -> bool:

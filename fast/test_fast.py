@@ -15,7 +15,7 @@ import model as plain_model
 import roe
 from cache import BranchingCache, SharedCache
 from fast import speed_up
-from fast.cpu import FastLinear, SortedExperts, attend, keep_memory, packs_on, quick_attend, widens_on
+from fast.cpu import FastLinear, SortedExperts, attend, keep_memory, pack, quick_attend, widens_on
 from fast.gpu import StackedExperts, groups_on
 from load import load
 from model import Config, Expert, Experts, OLMoE
@@ -44,7 +44,7 @@ def wide_attend(*args):
 
 def widen(monkeypatch):
     """Makes of this processor one that multiplies in float32 only, whatever the dtype of a model is."""
-    monkeypatch.setattr("fast.cpu.packs_on", lambda _: False)
+    monkeypatch.setattr("fast.cpu.pack", lambda weight: weight)
     monkeypatch.setattr("fast.cpu.widens_on", lambda _: True)
     monkeypatch.setattr("fast.quick_attend", wide_attend)
 
@@ -82,7 +82,7 @@ def test_fast_equals_plain(tmp_path, monkeypatch, dtype, wide):
 
 def test_where_tricks_pay(monkeypatch):
     weight = torch.ones(1024, 512)
-    assert not (packs_on(weight[1:]) or packs_on(weight.half()) or packs_on(weight.to("meta")))
+    assert not any(pack(same).is_mkldnn for same in (weight[1:], weight.half(), weight.to("meta")))
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: True)
     assert widens_on(weight.bfloat16())
@@ -102,7 +102,7 @@ def test_packed_weights(tmp_path, monkeypatch):
     """The matrices of a bfloat16 model are packed as they are read, the same numbers; or not, without the operators."""
     save(tmp_path, torch.bfloat16)
     fast, plain = load(tmp_path, "cpu", "bfloat16")[0], load(tmp_path, "cpu", "bfloat16", fast=False)[0]
-    assert fast.lm_head.packed == packs_on(plain.lm_head.weight)
+    assert fast.lm_head.packed == pack(plain.lm_head.weight).is_mkldnn
     if not fast.lm_head.packed:
         pytest.skip("nothing is packed on this processor")
     for layer, other in zip(fast.model.layers, plain.model.layers, strict=True):

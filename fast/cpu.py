@@ -69,46 +69,29 @@ def widens_on(weight: Tensor) -> bool:
     return weight.is_cpu and weight.itemsize == 2 and not supported()
 
 
-def attend(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: Tensor) -> Tensor:
-    """`model.attend` as keys times queries, which are few: 2.5 times as fast after 2,048 tokens, for 32 rows 1.8."""
-    (n, H, T, D), (_, Hk, S, _) = q.shape, shared_k.shape
+def quick_attend(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: Tensor) -> Tensor:
+    """`model.attend` by what is quickest for these shapes on this device.
+
+    Without own positions it is ordinary attention, for which PyTorch has a kernel. With them it is keys times queries,
+    which are few. Half precision becomes float32 first where PyTorch has no product in it; and on all CPUs where its
+    kernel gets several queries.
+    """
+    (n, H, T, D), (_, Hk, S, _), C = q.shape, shared_k.shape, own_k.shape[3]
+    several_halves = T > 1 and q.is_cpu and q.itemsize == 2
+    if (C == 0 and several_halves) or (C > 0 and widens_on(q)):
+        return quick_attend(*(part.float() for part in (q, shared_k, shared_v, own_k, own_v))).to(q.dtype)
+    if C == 0:
+        seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if 1 < T < S else None
+        causal = T > 1 and seen is None
+        return F.scaled_dot_product_attention(q, shared_k, shared_v, seen, is_causal=causal, enable_gqa=True)
     q = (q * D**-0.5).view(n, Hk, -1, T, D).transpose(0, 1)  # [Hk, n, g, T, D]: g query heads share a key-value head
     shared = (shared_k[0] @ q.flatten(1, 3).mT).mT.view(*q.shape[:-1], S)
     if T > 1:
         shared.masked_fill_(torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1), -torch.inf)
     own = torch.einsum("hngtd,nhtcd->hngtc", q, own_k)
-    of_shared, of_own = torch.cat((shared, own), -1).softmax(-1).split((S, own.shape[-1]), -1)
+    of_shared, of_own = torch.cat((shared, own), -1).softmax(-1).split((S, C), -1)
     out = (of_shared.flatten(1, 3) @ shared_v[0]).view(q.shape) + torch.einsum("hngtc,nhtcd->hngtd", of_own, own_v)
     return out.transpose(0, 1).reshape(n, H, T, D)
-
-
-def quick_attend(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: Tensor) -> Tensor:
-    """`model.attend` by what is quickest for these shapes on this device.
-
-    One row alone is ordinary attention, for which PyTorch has a kernel: 1.8 times as fast for one query after 32
-    tokens. On CPUs it is slow in bfloat16 and for one query after a history; for several after one it needs a mask.
-    There, blocks of 128 queries see no more keys than they need: 5 times as fast for a prompt of 2,048 tokens.
-    """
-    (n, H, T, D), (_, Hk, S, _), C = q.shape, shared_k.shape, own_k.shape[3]
-    if widens_on(q):
-        if n * T > 1 or C:  # Held to AVX2, 50 times as fast for a prompt of 2,048 tokens, after as many 15 for 32 rows.
-            return quick_attend(*(part.float() for part in (q, shared_k, shared_v, own_k, own_v))).to(q.dtype)
-        if S < 256:
-            return F.scaled_dot_product_attention(q, shared_k, shared_v, enable_gqa=True)
-        # A single query converts nothing twice; products of a matrix and a vector make this 3 times as fast.
-        keys, values = ([part[0, h * Hk // H] for h in range(H)] for part in (shared_k, shared_v))
-        probs = torch.stack([k @ row for k, row in zip(keys, q.view(H, D) * D**-0.5)]).softmax(-1)
-        return torch.stack([v.T @ p for v, p in zip(values, probs)]).view(q.shape)
-    if C:
-        return attend(q, shared_k, shared_v, own_k, own_v)
-    slow = q.is_cpu and shared_k.numel() >= 2**18 and (T == 1 or q.dtype == torch.bfloat16)  # 128 tokens of OLMoE-1B-7B
-    if T in (1, S) and not slow:
-        return F.scaled_dot_product_attention(q, shared_k, shared_v, is_causal=T > 1, enable_gqa=True)
-    out, end = [], S - T
-    for part, none in zip(q.split(128, 2), own_k.split(128, 2)):
-        end += part.shape[2]
-        out.append(attend(part, shared_k[:, :, :end], shared_v[:, :, :end], none, none))
-    return torch.cat(out, 2)
 
 
 class SortedExperts(nn.Module):

@@ -15,7 +15,7 @@ import model as plain_model
 import roe
 from cache import BranchingCache, SharedCache
 from fast import speed_up
-from fast.cpu import FastLinear, SortedExperts, attend, keep_memory, pack, quick_attend, widens_on
+from fast.cpu import FastLinear, SortedExperts, keep_memory, pack, quick_attend, widens_on
 from fast.gpu import StackedExperts, groups_on
 from load import load
 from model import Config, Expert, Experts, OLMoE
@@ -143,12 +143,12 @@ def test_linear(monkeypatch, dtype, wide, lost):
         torch.testing.assert_close(linear(x).double(), exact, rtol=rtol, atol=atol)
 
 
-LONG = [(1, T, 600, 0, 256, 4, 2) for T in (1, 130, 600)]  # where `quick_attend` does not ask PyTorch's kernel
+LONG = [(1, T, 600, 0, 256, 4, 2) for T in (1, 130, 600)]  # a query alone, the last of a text, and all of it
 
 
 @pytest.mark.parametrize("dtype, atol", ATTEND)
 @pytest.mark.parametrize("sizes", SIZES + LONG)
-@pytest.mark.parametrize("attend", (attend, quick_attend, wide_attend))
+@pytest.mark.parametrize("attend", (quick_attend, wide_attend))
 def test_attend(attend, sizes, dtype, atol):
     check_attend(attend, sizes, dtype, atol)
 
@@ -167,7 +167,7 @@ def test_shapes_at_random(case):
     r = random.Random(case)
     heads, n, T, own = r.randint(1, 6), r.randint(1, 5), r.randint(1, 40), r.randint(0, 3)
     rows = r.choice(((1, T, T + r.randint(0, 300), 0), (n, T, T - 1 + r.randint(0, 300), 1), (n, 1, T - 1, 1 + own)))
-    for form in (plain_model.attend, attend, quick_attend, wide_attend):
+    for form in (plain_model.attend, quick_attend, wide_attend):
         check_attend(form, (*rows, 2 * r.randint(1, 16), heads * r.randint(1, 4), heads), torch.float32, 1e-5)
     count, size = r.randint(1, 9), 8 * r.randint(1, 6)
     torch.manual_seed(case)

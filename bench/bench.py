@@ -352,7 +352,7 @@ def check_parts() -> None:
         shape = config.hidden_size, config.intermediate_size
         plain = [nn.Linear(*shape, bias=False, dtype=dtype) for _ in range(64)]
         fast = [FastLinear(linear.weight.clone()) for linear in plain]
-        how = "packed" if fast[0].packed else "wide" if fast[0].wide else None
+        how = "packed" if fast[0].weight.is_mkldnn else "wide" if fast[0].wide else None
         for n in (1, 8, 32) if how else ():
             x, name = rows(n).to(dtype), f"FastLinear, {how}, {n} rows, {dtype}"
             parts.append((name, lambda x=x, l=plain: each(l, x), lambda x=x, l=fast: each(l, x)))

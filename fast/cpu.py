@@ -30,11 +30,10 @@ class FastLinear(nn.Module):
     def __init__(self, weight: Tensor):
         super().__init__()
         self.weight = nn.Parameter(pack(weight), requires_grad=False)
-        self.packed = self.weight.is_mkldnn
         self.wide = widens_on(weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed:
+        if self.weight.is_mkldnn:  # packed
             return multiply(x, self.weight)
         if not self.wide or x[..., 0].numel() < 4:
             return F.linear(x, self.weight)
@@ -44,10 +43,9 @@ class FastLinear(nn.Module):
 
 def multiply(x: Tensor, weight: Tensor) -> Tensor:
     """`F.linear` by oneDNN: with few rows of float32 faster than MKL, which PyTorch would call."""
-    try:
+    with contextlib.suppress(AttributeError, RuntimeError):  # PyTorch may lose it
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    except (AttributeError, RuntimeError):  # PyTorch may lose it
-        return F.linear(x, weight)
+    return F.linear(x, weight)
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -72,8 +70,8 @@ def quick_attend(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, o
     """`model.attend` by what is quickest for these shapes on this device.
 
     Without own positions it is ordinary attention, for which PyTorch has a kernel: 5 times as fast for one query after
-    2,048 tokens, 3 times for a prompt of as many; on CPUs it takes several in float32 sooner than in half precision.
-    With own ones, keys times queries, which are few: 1.5 times after 2,048 tokens, or held to AVX2, converted once, 4.
+    2,048 tokens, 3 times for a prompt of as many; on CPUs it is quicker for several in float32 than in half precision.
+    With own ones, keys times queries, which are few: 1.5 times after 2,048 tokens; held to AVX2, converted once, 4.
     """
     (n, H, T, D), (_, Hk, S, _), C = q.shape, shared_k.shape, own_k.shape[3]
     if (C > 0 and widens_on(q)) or (C == 0 and T > 1 and q.is_cpu and q.itemsize == 2):

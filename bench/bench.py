@@ -41,8 +41,7 @@ from torch import nn
 
 import roe
 from cache import SharedCache
-from fast import cpu
-from fast.cpu import FastLinear, SortedExperts
+from fast.cpu import FastLinear, SortedExperts, quick_attend
 from load import load
 from model import Config, Expert, Experts, OLMoE, attend
 
@@ -353,7 +352,7 @@ def check_parts() -> None:
         shape = config.hidden_size, config.intermediate_size
         plain = [nn.Linear(*shape, bias=False, dtype=dtype) for _ in range(64)]
         fast = [FastLinear(linear.weight.clone()) for linear in plain]
-        how = "packed" if fast[0].packed else "wide" if fast[0].wide else None
+        how = "packed" if fast[0].weight.is_mkldnn else "wide" if fast[0].wide else None
         for n in (1, 8, 32) if how else ():
             x, name = rows(n).to(dtype), f"FastLinear, {how}, {n} rows, {dtype}"
             parts.append((name, lambda x=x, l=plain: each(l, x), lambda x=x, l=fast: each(l, x)))
@@ -371,18 +370,15 @@ def check_parts() -> None:
         args = rows(n)[:, None], weights.bfloat16(), indices
         parts.append((f"SortedExperts, {n} rows", lambda args=args: experts(*args), lambda args=args: ordered(*args)))
     H, D = config.num_attention_heads, config.head_dim
-    cases = [(attend, cpu.attend, n, T, 2048) for n, T in ((1, 1), (8, 1), (32, 1), (1, 128))]
-    cases += [(cpu.attend, cpu.quick_attend, 1, T, S) for T, S in ((2048, 2048), (1, 32), (1, 2048))]
-    if cpu.widens_on(random(1)):  # else it leaves these to `cpu.attend`
-        cases += [(cpu.attend, cpu.quick_attend, n, 1, 2048) for n in (8, 32)]
-    for slow, fast, n, T, S in cases:
+    cases = [(n, 1, S) for S in (32, 2048) for n in (1, 8, 32)] + [(1, 128, 2048), (1, 2048, 2048)]
+    for n, T, S in cases:
         # Of more memory than caches hold; and with room for more, since keys that fill it are read faster.
         shared = [random(1, H, S + 100, D)[:, :, :S] for _ in range(16 if T == 1 else 2)]
         own, pairs = random(n, H, T, int(n > 1), D), list(zip(shared[::2], shared[1::2]))
         q = random(n, H, T, D)
         step = lambda attend, q=q, own=own, pairs=pairs: [attend(q, k, v, own, own) for k, v in pairs]
         what = f"{n} rows after {S} tokens" if T == 1 else f"a prompt of {T}" if T == S else f"the last {T} of {S}"
-        parts.append((f"{fast.__name__}, {what}", lambda s=step, f=slow: s(f), lambda s=step, f=fast: s(f)))
+        parts.append((f"quick_attend, {what}", lambda s=step: s(attend), lambda s=step: s(quick_attend)))
     print(f"torch {torch.__version__}: times as fast as what it replaces")
     for name, *forms in parts:
         times, begin = {form: [] for form in forms}, time.perf_counter()

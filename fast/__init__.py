@@ -7,7 +7,7 @@ import os
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch's switch for huge pages, read when it first allocates
 
-from .cpu import FastLinear, SortedExperts, give_back_memory, keep_memory, quick_attend
+from .cpu import FastLinear, SortedExperts, keep_memory, malloc_trim, quick_attend
 from .gpu import StackedExperts, groups_on
 
 
@@ -25,6 +25,6 @@ def speed_up(model):
         layer.self_attn.attend = quick_attend
         layer.mlp.gate = FastLinear(layer.mlp.gate.weight)
         layer.mlp.experts = (StackedExperts if grouped else SortedExperts)(layer.mlp.experts)
-        give_back_memory()
+        malloc_trim(0)  # what was freed meanwhile lies in pieces, which glibc would keep: a third of a model
     keep_memory()
     return model

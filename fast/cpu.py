@@ -4,6 +4,7 @@ How many times as fast a part is stands in its docstring: measured by `python be
 two cores with AVX-512, or held to AVX2 where it says so.
 """
 
+import contextlib
 import ctypes
 
 import torch
@@ -12,25 +13,27 @@ from torch import Tensor, nn
 
 from model import Experts
 
+try:
+    malloc_trim, mallopt = ctypes.CDLL(None).malloc_trim, ctypes.CDLL(None).mallopt
+except (AttributeError, OSError, TypeError):  # another C library than glibc
+    malloc_trim = mallopt = lambda *_: None
+
 
 class FastLinear(nn.Module):
     """`nn.Linear` with a weight that is arranged once as oneDNN multiplies it (packed), and not for every product.
 
     Packed: 1.2 to 1.4 times as fast in bfloat16, 1.9 to 2.5 times in float32, where PyTorch would call MKL.
-    `weight.to_dense()` gives the matrix back. Where PyTorch would convert a weight in half precision anew for every row
-    (wide), it is converted once, 2^20 values at a time, which fit into a cache: held to AVX2 1.5 times as fast for 8
-    rows, 2.7 for 32.
+    Where PyTorch would convert a weight in half precision anew for every row (wide), it is converted once, 2^20 values
+    at a time, which fit into a cache: held to AVX2 1.5 times as fast for 8 rows, 2.7 for 32.
     """
 
     def __init__(self, weight: Tensor):
         super().__init__()
-        self.packed = packs_on(weight)
-        self.wide = widens_on(weight) and not self.packed
-        weight = pack(weight) if self.packed else weight
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight = nn.Parameter(pack(weight), requires_grad=False)
+        self.wide = widens_on(weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed:
+        if self.weight.is_mkldnn:  # packed
             return multiply(x, self.weight)
         if not self.wide or x[..., 0].numel() < 4:
             return F.linear(x, self.weight)
@@ -38,27 +41,22 @@ class FastLinear(nn.Module):
         return torch.cat([multiply(x.float(), part.float()) for part in parts], -1).to(x.dtype)
 
 
-def pack(weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)  # 16: some rows are expected, not one
-
-
 def multiply(x: Tensor, weight: Tensor) -> Tensor:
     """`F.linear` by oneDNN: with few rows of float32 faster than MKL, which PyTorch would call."""
-    try:
+    with contextlib.suppress(AttributeError, RuntimeError):  # PyTorch may lose it
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    except (AttributeError, RuntimeError):  # PyTorch may lose it
-        return F.linear(x, weight)
+    return F.linear(x, weight)
 
 
-def packs_on(weight: Tensor) -> bool:
-    """Whether packing pays, and works."""
+def pack(weight: Tensor) -> Tensor:
+    """The same numbers, packed where that pays and works, which `to_dense()` undoes; else as they are."""
     large = weight.dtype == torch.float32 and weight.numel() >= 2**19  # MKL is as fast with small ones
-    try:
-        ones = weight.new_ones(8, 8, device="cpu")
-        works = multiply(ones[:1], pack(ones)).sum().item() == 64
-    except (AttributeError, RuntimeError):  # as with bfloat16 without AVX-512
-        return False
-    return weight.is_cpu and works and (large or weight.dtype == torch.bfloat16)
+    if weight.is_cpu and (large or weight.dtype == torch.bfloat16):
+        with contextlib.suppress(AttributeError, RuntimeError):  # as with bfloat16 without AVX-512
+            one = weight.new_ones(1, 1)
+            torch.ops.mkldnn._linear_pointwise(one, one, None, "none", [], "")  # without it no packed one is of use
+            return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)  # 16: some rows are expected, not one
+    return weight
 
 
 def widens_on(weight: Tensor) -> bool:
@@ -68,46 +66,27 @@ def widens_on(weight: Tensor) -> bool:
     return weight.is_cpu and weight.itemsize == 2 and not supported()
 
 
-def attend(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: Tensor) -> Tensor:
-    """`model.attend` as keys times queries, which are few: 2.5 times as fast after 2,048 tokens, for 32 rows 1.8."""
-    (n, H, T, D), (_, Hk, S, _) = q.shape, shared_k.shape
+def quick_attend(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: Tensor) -> Tensor:
+    """`model.attend` by what is quickest for these shapes on this device.
+
+    Without own positions it is ordinary attention, for which PyTorch has a kernel: 5 times as fast for one query after
+    2,048 tokens, 3 times for a prompt of as many; on CPUs it is quicker for several in float32 than in half precision.
+    With own ones, keys times queries, which are few: 1.5 times after 2,048 tokens; held to AVX2, converted once, 4.
+    """
+    (n, H, T, D), (_, Hk, S, _), C = q.shape, shared_k.shape, own_k.shape[3]
+    if (C > 0 and widens_on(q)) or (C == 0 and T > 1 and q.is_cpu and q.itemsize == 2):
+        return quick_attend(*(part.float() for part in (q, shared_k, shared_v, own_k, own_v))).to(q.dtype)
+    if C == 0:
+        seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if 1 < T < S else None
+        return F.scaled_dot_product_attention(q, shared_k, shared_v, seen, is_causal=T == S, enable_gqa=True)
     q = (q * D**-0.5).view(n, Hk, -1, T, D).transpose(0, 1)  # [Hk, n, g, T, D]: g query heads share a key-value head
     shared = (shared_k[0] @ q.flatten(1, 3).mT).mT.view(*q.shape[:-1], S)
     if T > 1:
         shared.masked_fill_(torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1), -torch.inf)
     own = torch.einsum("hngtd,nhtcd->hngtc", q, own_k)
-    of_shared, of_own = torch.cat((shared, own), -1).softmax(-1).split((S, own.shape[-1]), -1)
+    of_shared, of_own = torch.cat((shared, own), -1).softmax(-1).split((S, C), -1)
     out = (of_shared.flatten(1, 3) @ shared_v[0]).view(q.shape) + torch.einsum("hngtc,nhtcd->hngtd", of_own, own_v)
     return out.transpose(0, 1).reshape(n, H, T, D)
-
-
-def quick_attend(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: Tensor) -> Tensor:
-    """`model.attend` by what is quickest for these shapes on this device.
-
-    One row alone is ordinary attention, for which PyTorch has a kernel: 1.8 times as fast for one query after 32
-    tokens. On CPUs it is slow in bfloat16 and for one query after a history; for several after one it needs a mask.
-    There, blocks of 128 queries see no more keys than they need: 5 times as fast for a prompt of 2,048 tokens.
-    """
-    (n, H, T, D), (_, Hk, S, _), C = q.shape, shared_k.shape, own_k.shape[3]
-    if widens_on(q):
-        if n * T > 1 or C:  # Held to AVX2, 50 times as fast for a prompt of 2,048 tokens, after as many 15 for 32 rows.
-            return quick_attend(*(part.float() for part in (q, shared_k, shared_v, own_k, own_v))).to(q.dtype)
-        if S < 256:
-            return F.scaled_dot_product_attention(q, shared_k, shared_v, enable_gqa=True)
-        # A single query converts nothing twice; products of a matrix and a vector make this 3 times as fast.
-        keys, values = ([part[0, h * Hk // H] for h in range(H)] for part in (shared_k, shared_v))
-        probs = torch.stack([k @ row for k, row in zip(keys, q.view(H, D) * D**-0.5)]).softmax(-1)
-        return torch.stack([v.T @ p for v, p in zip(values, probs)]).view(q.shape)
-    if C:
-        return attend(q, shared_k, shared_v, own_k, own_v)
-    slow = q.is_cpu and shared_k.numel() >= 2**18 and (T == 1 or q.dtype == torch.bfloat16)  # 128 tokens of OLMoE-1B-7B
-    if T in (1, S) and not slow:
-        return F.scaled_dot_product_attention(q, shared_k, shared_v, is_causal=T > 1, enable_gqa=True)
-    out, end = [], S - T
-    for part, none in zip(q.split(128, 2), own_k.split(128, 2)):
-        end += part.shape[2]
-        out.append(attend(part, shared_k[:, :, :end], shared_v[:, :, :end], none, none))
-    return torch.cat(out, 2)
 
 
 class SortedExperts(nn.Module):
@@ -137,21 +116,7 @@ class SortedExperts(nn.Module):
         return (weights.unsqueeze(2) @ out.view(*indices.shape, -1)).squeeze(2)
 
 
-def call_libc(name: str, *args: int) -> None:
-    """Calls a function of glibc; does nothing where there is none."""
-    try:
-        getattr(ctypes.CDLL(None), name)(*args)
-    except (AttributeError, OSError, TypeError):  # another libc
-        pass
-
-
-def give_back_memory() -> None:
-    """What was freed while matrices were packed lies in pieces, which glibc would keep: a third of a model."""
-    call_libc("malloc_trim", 0)
-
-
 def keep_memory() -> None:
     """What is freed from now on stays with the process, to be used again: a prompt takes a tenth less time."""
-    trim_threshold, mmap_threshold = -1, -3  # as malloc.h numbers them
-    call_libc("mallopt", trim_threshold, 2**31 - 1)
-    call_libc("mallopt", mmap_threshold, 2**25)  # the highest there is
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, the highest there is

@@ -15,7 +15,7 @@ import model as plain_model
 import roe
 from cache import BranchingCache, SharedCache
 from fast import speed_up
-from fast.cpu import FastLinear, SortedExperts, attend, keep_memory, packs_on, quick_attend, widens_on
+from fast.cpu import FastLinear, SortedExperts, keep_memory, pack, quick_attend, widens_on
 from fast.gpu import StackedExperts, groups_on
 from load import load
 from model import Config, Expert, Experts, OLMoE
@@ -44,7 +44,7 @@ def wide_attend(*args):
 
 def widen(monkeypatch):
     """Makes of this processor one that multiplies in float32 only, whatever the dtype of a model is."""
-    monkeypatch.setattr("fast.cpu.packs_on", lambda _: False)
+    monkeypatch.setattr("fast.cpu.pack", lambda weight: weight)
     monkeypatch.setattr("fast.cpu.widens_on", lambda _: True)
     monkeypatch.setattr("fast.quick_attend", wide_attend)
 
@@ -81,7 +81,7 @@ def test_fast_equals_plain(tmp_path, monkeypatch, dtype, wide):
 
 def test_where_tricks_pay(monkeypatch):
     weight = torch.ones(1024, 512)
-    assert not (packs_on(weight[1:]) or packs_on(weight.half()) or packs_on(weight.to("meta")))
+    assert not any(pack(same).is_mkldnn for same in (weight[1:], weight.half(), weight.to("meta")))
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: True)
     assert widens_on(weight.bfloat16())
@@ -101,8 +101,8 @@ def test_packed_weights(tmp_path, monkeypatch):
     """The matrices of a bfloat16 model are packed as they are read, the same numbers; or not, without the operators."""
     save(tmp_path, torch.bfloat16)
     fast, plain = load(tmp_path, "cpu", "bfloat16")[0], load(tmp_path, "cpu", "bfloat16", fast=False)[0]
-    assert fast.lm_head.packed == packs_on(plain.lm_head.weight)
-    if not fast.lm_head.packed:
+    assert fast.lm_head.weight.is_mkldnn == pack(plain.lm_head.weight).is_mkldnn
+    if not fast.lm_head.weight.is_mkldnn:
         pytest.skip("nothing is packed on this processor")
     for layer, other in zip(fast.model.layers, plain.model.layers, strict=True):
         assert torch.equal(layer.self_attn.k_proj.weight.to_dense(), other.self_attn.k_proj.weight)
@@ -118,7 +118,7 @@ def test_operators_that_are_lost(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refuse)
     fast, plain = load(tmp_path, "cpu", "bfloat16")[0], load(tmp_path, "cpu", "bfloat16", fast=False)[0]
     tokens = torch.tensor([random_tokens(40)])
-    assert not fast.lm_head.packed
+    assert not fast.lm_head.weight.is_mkldnn
     assert (fast(tokens) - plain(tokens)).abs().median() < 0.1  # of logits of order 1 to 10, in bfloat16
 
 
@@ -142,12 +142,12 @@ def test_linear(monkeypatch, dtype, wide, lost):
         torch.testing.assert_close(linear(x).double(), exact, rtol=rtol, atol=atol)
 
 
-LONG = [(1, T, 600, 0, 256, 4, 2) for T in (1, 130, 600)]  # where `quick_attend` does not ask PyTorch's kernel
+LONG = [(1, T, 600, 0, 256, 4, 2) for T in (1, 130, 600)]  # a query alone, the last of a text, and all of it
 
 
 @pytest.mark.parametrize("dtype, atol", ATTEND)
 @pytest.mark.parametrize("sizes", SIZES + LONG)
-@pytest.mark.parametrize("attend", (attend, quick_attend, wide_attend))
+@pytest.mark.parametrize("attend", (quick_attend, wide_attend))
 def test_attend(attend, sizes, dtype, atol):
     check_attend(attend, sizes, dtype, atol)
 
@@ -166,7 +166,7 @@ def test_shapes_at_random(case):
     r = random.Random(case)
     heads, n, T, own = r.randint(1, 6), r.randint(1, 5), r.randint(1, 40), r.randint(0, 3)
     rows = r.choice(((1, T, T + r.randint(0, 300), 0), (n, T, T - 1 + r.randint(0, 300), 1), (n, 1, T - 1, 1 + own)))
-    for form in (plain_model.attend, attend, quick_attend, wide_attend):
+    for form in (plain_model.attend, quick_attend, wide_attend):
         check_attend(form, (*rows, 2 * r.randint(1, 16), heads * r.randint(1, 4), heads), torch.float32, 1e-5)
     count, size = r.randint(1, 9), 8 * r.randint(1, 6)
     torch.manual_seed(case)

@@ -75,8 +75,7 @@ class OLMoE(nn.Module):
             raise ValueError(f"{end} tokens are more than the model's context of {self.config.max_position_embeddings}")
         if cache and len(tokens) > 1:
             raise ValueError(f"a cache holds one text, not {len(tokens)}")
-        if route is None:
-            route = lambda _, logits: top_k(logits, self.config.num_experts_per_tok, self.config.norm_topk_prob)
+        route = route or (lambda _, logits: top_k(logits, self.config.num_experts_per_tok, self.config.norm_topk_prob))
         pairs = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=self.device)
         frequencies = 1.0 / self.config.rope_theta ** (pairs / self.config.head_dim)
         angles = torch.arange(start, end, device=self.device)[:, None] * torch.cat((-frequencies, frequencies))

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Sequence
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # which torch does not need here
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from cache import BranchingCache, SharedCache
@@ -32,7 +31,7 @@ NOT_FINITE = "the model's predictions are not finite: its weights are broken, or
 TAU = 0.2  # the default temperature; the paper finds values up to 0.5 useful, and larger ones always harmful
 
 
-# ---- 2.1 Stochastic routing -----------------------------------------------------------------------------------------
+# ---- The method, sections 2.1 to 3.1 --------------------------------------------------------------------------------
 
 
 def gumbel(seed: int, position: int, *shape: int) -> Tensor:
@@ -67,22 +66,21 @@ def stochastic_route(logits: Tensor, noise: Tensor, k: int, weights: str = "pert
     return probs, indices
 
 
-# ---- 2.2 Temperatures -----------------------------------------------------------------------------------------------
-
-
 def temperatures(config: Config, tau: float | Sequence[float] | None = None, skip: int = 1) -> list[float]:
-    """One routing temperature per layer, of which 0 is plain top-k routing.
+    """One routing temperature per layer (section 2.2), of which 0 is plain top-k routing.
 
     Args:
         tau: one value per layer, or a number for all but the first and last layers. None: the model's own values
             (`config.tau`), or 0.2 if it has none.
         skip: layers at each end that get 0 where tau is a number; the paper's L, which is not that of the shapes here.
 
-    Raises ValueError: a value that is not from 0 to 100, or not one per layer.
+    Raises ValueError: a value that is not from 0 to 100, or not one per layer; a skip beside one per layer, or of all.
     """
     layers = config.num_hidden_layers
     tau = next(value for value in (tau, config.tau, TAU) if value is not None)
     values = tau.tolist() if hasattr(tau, "tolist") else tau  # numpy's and torch's
+    if skip != 1 and (isinstance(values, Sequence) or 2 * skip >= layers):
+        raise ValueError("skip must leave layers with noise, and is for one tau, not for one per layer")
     if not isinstance(values, Sequence):
         values = [values if skip <= layer < layers - skip else 0.0 for layer in range(layers)]
     if len(values) != layers:
@@ -90,9 +88,6 @@ def temperatures(config: Config, tau: float | Sequence[float] | None = None, ski
     if not all(0 <= value <= 100 for value in values):
         raise ValueError(f"tau must be numbers from 0 to 100, not {values}")
     return [float(value) for value in values]
-
-
-# ---- 2.3 Efficient inference: n rosters as one batch ----------------------------------------------------------------
 
 
 def run_rosters(model: OLMoE, tokens: Tensor, cache, position: int, rosters: int, tau, seed, weights: str) -> Tensor:
@@ -119,7 +114,7 @@ def run_rosters(model: OLMoE, tokens: Tensor, cache, position: int, rosters: int
 
 @torch.inference_mode()
 def predict(model: OLMoE, tokens, cache, rosters: int, tau, seed: int, weights: str = "perturbed") -> Tensor:
-    """Predicts the token that follows, once per roster: logits [n, V], row 0 the clean path's.
+    """Predicts the token that follows, once per roster (section 2.3): logits [n, V], row 0 the clean path's.
 
     Args:
         tokens: T >= 1 ids that follow those in the cache. Only the last one is stochastic.
@@ -135,11 +130,8 @@ def predict(model: OLMoE, tokens, cache, rosters: int, tau, seed: int, weights: 
     return run_rosters(model, tokens[-1:], cache, cache.length, rosters, tau, seed, weights)[:, 0]
 
 
-# ---- 3.1 Aggregation ------------------------------------------------------------------------------------------------
-
-
 def aggregate(logits: Tensor) -> Tensor:
-    """Log of the rosters' mean probability: logits [n, ..., V] -> log-probabilities [..., V] in float32."""
+    """Log of the rosters' mean probability (3.1): logits [n, ..., V] -> log-probabilities [..., V] in float32."""
     return logits.float().log_softmax(-1).logsumexp(0) - math.log(len(logits))
 
 
@@ -306,7 +298,7 @@ def fail(message: object) -> None:
     sys.exit(2)
 
 
-def print_generation(args: argparse.Namespace, model: OLMoE, tokenizer: Tokenizer, tokens: list[int], tau) -> None:
+def print_generation(args: argparse.Namespace, model: OLMoE, tokenizer, tokens: list[int], tau) -> None:
     """Streams the text to standard output, then one line of statistics to standard error."""
     ids = []
     text = ""
@@ -316,9 +308,10 @@ def print_generation(args: argparse.Namespace, model: OLMoE, tokenizer: Tokenize
         overruled = (log_probs.argmax() != logits[0].argmax()).item()
         seen.append((overruled, time.perf_counter(), cache.nbytes))
 
-    how = args.cache == "branching", args.max_new_tokens, args.temperature, args.top_p, args.seed, args.weights
+    names = ("max_new_tokens", "temperature", "top_p", "seed", "weights")
+    options = {name: getattr(args, name) for name in names} | {"branching": args.cache == "branching"}
     try:
-        for token in generate(model, tokens, args.rosters, tau, *how, watch=watch):
+        for token in generate(model, tokens, args.rosters, tau, watch=watch, **options):
             ids.append(token)
             piece = tokenizer.decode(ids)[len(text) :]
             if not piece.endswith("\ufffd"):  # as within a character of several tokens
@@ -348,9 +341,6 @@ def main(print_text: Callable = print_generation) -> None:
         text = read_text(args.prompt)
         tau = read_tau(args.tau)
         source, folder, config, tokenizer = describe(args.model)
-        tau = config.tau if tau is None else tau
-        if args.skip != 1 and (isinstance(tau, list) or 2 * args.skip >= config.num_hidden_layers):
-            raise ValueError("--skip must leave layers with noise, and is for one --tau, not for a file of them")
         tau = temperatures(config, tau, args.skip)
         text = chat_prompt(folder, text) if args.chat else text
         tokens = tokenizer.encode(text, add_special_tokens=not args.chat).ids

@@ -162,8 +162,6 @@ def main() -> None:
             raise ValueError(f"{args.output} cannot be written; give --output a file in a folder that is there")
         text, tau, device = read_text(args.prompt), read_tau(args.tau), pick_device(args.device)
         source, folder, config, tokenizer = describe(args.model)
-        if args.skip != 1 and (isinstance(tau, list) or tau is None and config.tau):
-            raise ValueError("--skip is for one --tau; a file of temperatures says what every layer gets")
         tau, text = temperatures(config, tau, args.skip), chat_prompt(folder, text) if args.chat else text
         tokens = tokenizer.encode(text, add_special_tokens=not args.chat).ids
         if max(tokens, default=0) >= config.vocab_size:

@@ -48,8 +48,6 @@ def main() -> None:
     try:  # all that can be refused is refused before weights are fetched or read
         text, tau = read_text("-", args.file), read_tau(args.tau)
         source, _, config, tokenizer = describe(args.model)
-        if args.skip != 1 and (isinstance(tau, list) or tau is None and config.tau):
-            raise ValueError("--skip is for one --tau; a file of temperatures says what every layer gets")
         tau = temperatures(config, tau, args.skip)
         tokens = tokenizer.encode(text).ids
         as_ids(tokens, "cpu", least=2)

@@ -34,8 +34,9 @@ def print_shaded(args, model, tokenizer, tokens: list[int], tau: list[float]) ->
         agreement = (logits.argmax(-1) == tokens).float().mean().item() if len(logits) > 1 else 1
         seen.append((agreement, (log_probs.argmax() != logits[0].argmax()).item()))
 
-    how = args.cache == "branching", args.max_new_tokens, args.temperature, args.top_p, args.seed, args.weights
-    for token in roe.generate(model, tokens, args.rosters[0], tau, *how, watch=watch):
+    names = ("max_new_tokens", "temperature", "top_p", "seed", "weights")
+    options = {name: getattr(args, name) for name in names} | {"branching": args.cache == "branching"}
+    for token in roe.generate(model, tokens, args.rosters[0], tau, watch=watch, **options):
         ids.append(token)
         piece = tokenizer.decode(ids)[len(text) :]
         if not piece.endswith("\ufffd"):  # as within a character of several tokens

@@ -74,7 +74,8 @@ def temperatures(config: Config, tau: float | Sequence[float] | None = None, ski
             (`config.tau`), or 0.2 if it has none.
         skip: layers at each end that get 0 where tau is a number; the paper's L, which is not that of the shapes here.
 
-    Raises ValueError: a value that is not from 0 to 100, or not one per layer; a skip beside one per layer, or of all.
+    Raises ValueError: a value that is not from 0 to 100; not one per layer; a `skip` of all layers, or beside values of
+    each, where it would be ignored.
     """
     layers = config.num_hidden_layers
     tau = next(value for value in (tau, config.tau, TAU) if value is not None)
@@ -119,10 +120,10 @@ def predict(model: OLMoE, tokens, cache, rosters: int, tau, seed: int, weights: 
     Args:
         tokens: T >= 1 ids that follow those in the cache. Only the last one is stochastic.
         cache: a `SharedCache` (the Clean Cache) or a `BranchingCache`; extended by the T tokens. Its memory is made in
-            inference mode, in which all else must be that writes to it.
+            inference mode, and whatever else writes to it must run in that mode, too.
         tau, seed, weights: see `temperatures`, `gumbel` and `stochastic_route`.
 
-    Raises ValueError: rosters below 1, unknown weights; a context or a cache that is full, after some of the tokens.
+    Raises ValueError: rosters below 1, unknown weights; a full context or cache, which may hold some of the tokens then.
     """
     tokens = as_ids(tokens, model.device)
     if len(tokens) > 1:

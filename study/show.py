@@ -35,7 +35,7 @@ def print_shaded(args, model, tokenizer, tokens: list[int], tau: list[float]) ->
         seen.append((agreement, (log_probs.argmax() != logits[0].argmax()).item()))
 
     how = args.cache == "branching", args.max_new_tokens, args.temperature, args.top_p, args.seed, args.weights
-    for token in roe.generate(model, tokens, args.rosters[0], tau, *how, watch=watch):
+    for token in roe.generate(model, tokens, args.rosters, tau, *how, watch=watch):
         ids.append(token)
         piece = tokenizer.decode(ids)[len(text) :]
         if not piece.endswith("\ufffd"):  # as within a character of several tokens

@@ -11,8 +11,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import roe  # before torch, of which it silences a warning
 from load import describe, load_weights, read_tau, read_text
-from roe import TAU, as_ids, fail, number, score, temperatures
+from roe import TAU, as_ids, fail, number, temperatures
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -35,7 +36,7 @@ def print_table(args: argparse.Namespace, model, tokens: list[int], tau: list[fl
     """A line for each count of rosters; the change is from one roster."""
     with tqdm(total=len(tokens) - 1, desc="scoring", unit="token", leave=False, delay=1, disable=None) as progress:
         watch = None if progress.disable else lambda logits, log_probs, tokens, cache: progress.update(len(tokens))
-        scores = score(model, tokens, max(args.rosters), tau, args.seed, args.weights, watch=watch)
+        scores = roe.score(model, tokens, max(args.rosters), tau, args.seed, args.weights, watch=watch)
     perplexity = scores.mean(1).neg().exp().tolist()
     print("rosters  perplexity  change", flush=True)
     for n in args.rosters:
@@ -46,7 +47,8 @@ def main() -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # None if closed, for which print takes standard output
     args = parse_arguments()
     try:  # all that can be refused is refused before weights are fetched or read
-        text, tau = read_text("-", args.file), read_tau(args.tau)
+        text = read_text("-", args.file)
+        tau = read_tau(args.tau)
         source, _, config, tokenizer = describe(args.model)
         tau = temperatures(config, tau, args.skip)
         tokens = tokenizer.encode(text).ids
@@ -63,7 +65,7 @@ def main() -> None:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and ("memory" not in str(error) or "illegal" in str(error)):
             raise
-        fail("there is not enough memory; give fewer --rosters, or --dtype bfloat16")
+        fail("there is not enough memory; give fewer --rosters, a shorter text, or --dtype bfloat16")
     except KeyboardInterrupt:
         sys.exit(130)
 

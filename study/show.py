@@ -36,7 +36,7 @@ def print_shaded(args, model, tokenizer, tokens: list[int], tau: list[float]) ->
 
     names = ("max_new_tokens", "temperature", "top_p", "seed", "weights")
     options = {name: getattr(args, name) for name in names} | {"branching": args.cache == "branching"}
-    for token in roe.generate(model, tokens, args.rosters[0], tau, watch=watch, **options):
+    for token in roe.generate(model, tokens, args.rosters, tau, watch=watch, **options):
         ids.append(token)
         piece = tokenizer.decode(ids)[len(text) :]
         if not piece.endswith("\ufffd"):  # as within a character of several tokens

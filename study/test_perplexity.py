@@ -48,7 +48,7 @@ def small(tmp_path):
     """A directory with a small random model."""
     path = tmp_path / "small"
     path.mkdir()
-    save(path)
+    save(path, changes={"num_key_value_heads": 2})
     return path
 
 
@@ -119,12 +119,14 @@ def test_more_rosters_than_a_chunk_has_rows(cli, small, text):
 
 
 def test_progress_on_a_terminal(cli, text, monkeypatch):
+    """Nothing of it stays."""
+    text.write_text("some longer text")
     plain = cli(text)
     tqdm = perplexity.tqdm
     monkeypatch.setattr(perplexity, "tqdm", lambda **options: tqdm(**options | {"delay": 0, "mininterval": 0}))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     status, out, err = cli(text)
-    assert (status, out) == plain[:2] and plain[2] == "" and "scoring: 100%" in err
+    assert (status, out) == plain[:2] and plain[2] == "" and "scoring: 100%" in err and err[-1] == "\r"
 
 
 def test_documented_defaults(monkeypatch, capsys):
@@ -148,7 +150,8 @@ def test_documented_defaults(monkeypatch, capsys):
 def test_temperatures_beside_the_model(cli, small, text):
     run = partial(cli, text, "--model", small, "--rosters", 8)
     assert run() == run("--tau", 0.2) and run() != run("--tau", 0.5)
-    refused(run("--tau", 0.5, "--skip", 2), "--skip leaves no layer with noise")
+    refused(run("--tau", 0.5, "--skip", 2), "--skip leaves no layer with noise; give fewer")
+    assert cli(text, "--tau", 0.5, "--skip", 2)[0] == 0  # of six layers
     (small / "tau.json").write_text("[0.0, 0.1, 0.9, 0.3]")
     assert run()[0] == 0 and run() == run("--tau", small / "tau.json") != run("--tau", 0.2)
     for more in ([], ["--tau", small / "tau.json"]):

@@ -74,20 +74,18 @@ def temperatures(config: Config, tau: float | Sequence[float] | None = None, ski
             (`config.tau`), or 0.2 if it has none.
         skip: layers at each end that get 0 where tau is a number; the paper's L, which is not that of the shapes here.
 
-    Raises ValueError: a value that is not from 0 to 100; not one per layer; a `skip` of all layers, or beside values of
-    each, where it would be ignored.
+    Raises ValueError: a value that is not from 0 to 100, or not one per layer.
     """
     layers = config.num_hidden_layers
     tau = next(value for value in (tau, config.tau, TAU) if value is not None)
     values = tau.tolist() if hasattr(tau, "tolist") else tau  # numpy's and torch's
-    if skip != 1 and (isinstance(values, Sequence) or 2 * skip >= layers):
-        raise ValueError("skip must leave layers with noise, and is for one tau, not for one per layer")
     if not isinstance(values, Sequence):
         values = [values if skip <= layer < layers - skip else 0.0 for layer in range(layers)]
     if len(values) != layers:
         raise ValueError(f"tau has {len(values)} values, but the model has {layers} layers; give one value per layer")
-    if not all(0 <= value <= 100 for value in values):
-        raise ValueError(f"tau must be numbers from 0 to 100, not {values}")
+    for value in values:
+        if not 0 <= value <= 100:
+            raise ValueError(f"tau must be a number from 0 to 100, not {value}")
     return [float(value) for value in values]
 
 
@@ -123,7 +121,7 @@ def predict(model: OLMoE, tokens, cache, rosters: int, tau, seed: int, weights: 
             inference mode, and whatever else writes to it must run in that mode, too.
         tau, seed, weights: see `temperatures`, `gumbel` and `stochastic_route`.
 
-    Raises ValueError: rosters below 1, unknown weights; a full context or cache, which may hold some of the tokens then.
+    Raises ValueError: rosters below 1, unknown weights; a full context or cache (which may hold some of the tokens).
     """
     tokens = as_ids(tokens, model.device)
     if len(tokens) > 1:
@@ -342,6 +340,9 @@ def main(print_text: Callable = print_generation) -> None:
         text = read_text(args.prompt)
         tau = read_tau(args.tau)
         source, folder, config, tokenizer = describe(args.model)
+        tau = config.tau if tau is None else tau
+        if args.skip != 1 and (isinstance(tau, list) or 2 * args.skip >= config.num_hidden_layers):
+            raise ValueError("--skip must leave layers with noise, and is for one --tau, not for a file of them")
         tau = temperatures(config, tau, args.skip)
         text = chat_prompt(folder, text) if args.chat else text
         tokens = tokenizer.encode(text, add_special_tokens=not args.chat).ids

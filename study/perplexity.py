@@ -50,6 +50,9 @@ def main() -> None:
         text = read_text("-", args.file)
         tau = read_tau(args.tau)
         source, _, config, tokenizer = describe(args.model)
+        tau = config.tau if tau is None else tau
+        if args.skip != 1 and (isinstance(tau, list) or 2 * args.skip >= config.num_hidden_layers):
+            raise ValueError("--skip must leave layers with noise, and is for one --tau, not for a file of them")
         tau = temperatures(config, tau, args.skip)
         tokens = tokenizer.encode(text).ids
         as_ids(tokens, "cpu", least=2)

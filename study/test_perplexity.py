@@ -150,12 +150,12 @@ def test_documented_defaults(monkeypatch, capsys):
 def test_temperatures_beside_the_model(cli, small, text):
     run = partial(cli, text, "--model", small, "--rosters", 8)
     assert run() == run("--tau", 0.2) and run() != run("--tau", 0.5)
-    refused(run("--tau", 0.5, "--skip", 2), "--skip leaves no layer with noise; give fewer")
+    refused(run("--tau", 0.5, "--skip", 2), "--skip must leave layers with noise")
     assert cli(text, "--tau", 0.5, "--skip", 2)[0] == 0  # of six layers
     (small / "tau.json").write_text("[0.0, 0.1, 0.9, 0.3]")
     assert run()[0] == 0 and run() == run("--tau", small / "tau.json") != run("--tau", 0.2)
     for more in ([], ["--tau", small / "tau.json"]):
-        refused(run("--skip", 0, *more), "--skip is for one --tau; a file of temperatures says what every layer gets")
+        refused(run("--skip", 0, *more), "--skip must leave layers with noise, and is for one --tau, not for a file of them")
 
 
 def test_hub_ids(cli, small, text, tmp_path, monkeypatch):
@@ -270,7 +270,7 @@ def test_nothing_is_read_before_settings_are_checked(cli, small, text):
     run = partial(cli, text, "--model", small)
     refused(run(), f"{INDEX} cannot be used: No such file or directory; download or save the model again")
     refused(run("--tau", "-1"), "tau must be a number from 0 to 100, not -1.0")
-    refused(run("--skip", "2"), "--skip leaves no layer with noise")
+    refused(run("--skip", "2"), "--skip must leave layers with noise")
     (small / "tau.json").write_text("[1, 2]")
     refused(run(), "tau has 2 values, but the model has 4 layers")
     (small / "tau.json").unlink()

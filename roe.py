@@ -267,9 +267,10 @@ def number(kind: type, low: float, high: float = 10**9) -> Callable[[str], float
 def parse_arguments() -> argparse.Namespace:
     """The command line, checked as far as it can be without a model."""
     parser = argparse.ArgumentParser(description="Roster of Experts (arXiv 2509.17238).", epilog="[ ]: defaults.")
-    parser.error = lambda message: fail(f"{message}; see --help")
+    hint = "; write --prompt=TEXT for a text that begins with -"
+    parser.error = lambda message: fail(message + hint * ("--prompt: expected" in message))
     add = parser.add_argument_group("the text").add_argument
-    add("--prompt", required=True, metavar="TEXT", help="continue this; -: standard input; --prompt=-x for -x")
+    add("--prompt", required=True, metavar="TEXT", help="continue this text; - reads it from standard input")
     add("--max-new-tokens", type=number(int, 1), default=128, help="stop after this many tokens [128]")
     add("--temperature", type=number(float, 0, 1000), default=0.0, help="of samples; 0: greedy [0]")
     add("--top-p", type=number(float, 1e-6, 1), default=1.0, help="sample from the likeliest tokens of this mass [1]")

@@ -1500,7 +1500,9 @@ def test_bad_texts_and_tau_files(cli, tmp_path, monkeypatch):
     ):
         file.write_text(tau)
         refused(cli("--prompt", "x", "--tau", file), sentence)
-    refused(cli("--prompt", "x", "--tau", ROOT / "tiny" / "tau.json", "--skip", "2"), "is for one --tau, not for a file")
+    refused(
+        cli("--prompt", "x", "--tau", ROOT / "tiny" / "tau.json", "--skip", "2"), "is for one --tau, not for a file"
+    )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "0.3").write_text("[9]")
     assert cli("--prompt", "x", "--tau", "0.3", "--max-new-tokens", "1")[0] == 0  # a number is a number

@@ -155,7 +155,9 @@ def test_temperatures_beside_the_model(cli, small, text):
     (small / "tau.json").write_text("[0.0, 0.1, 0.9, 0.3]")
     assert run()[0] == 0 and run() == run("--tau", small / "tau.json") != run("--tau", 0.2)
     for more in ([], ["--tau", small / "tau.json"]):
-        refused(run("--skip", 0, *more), "--skip must leave layers with noise, and is for one --tau, not for a file of them")
+        refused(
+            run("--skip", 0, *more), "--skip must leave layers with noise, and is for one --tau, not for a file of them"
+        )
 
 
 def test_hub_ids(cli, small, text, tmp_path, monkeypatch):

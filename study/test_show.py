@@ -57,7 +57,7 @@ def test_shades_say_who_chose_what(printed, monkeypatch):
     # was sure of, whatever was sampled, and one that was sampled though no roster's first choice.
     votes = ("xxxxx", "x.xxx", "xx.x.", "xxxxx", "..", ".....")
 
-    def generate(*_, watch):
+    def generate(*_, watch, **options):
         for token, vote in zip(tokens, votes, strict=True):
             average, *rosters = (F.one_hot(torch.tensor([token if c == "x" else 0]), 4096).float() for c in vote)
             watch(torch.stack(rosters), average, torch.tensor([token]), SimpleNamespace(nbytes=0))

@@ -7,8 +7,9 @@ Both caches hand a layer's attention these two, and differ only in what they kee
     shared        the clean history (row 0's)           the current token; row 0's becomes history
     branching     the prompt but its last token         its continuation so far, kept (after the first noisy layer)
 
-`length` is the number of positions stored so far, which the last layer advances. Lower it to forget those beyond (with
-the branching cache not below `prompt_len`). The first keys say in which dtype and on which device memory is allocated.
+`length` is the number of positions stored so far, which the last layer advances. Lower it to forget those beyond. The
+first keys say in which dtype and on which device memory is allocated.
+
 Shapes: n rows, Hk key-value heads of size D, T new positions.
 """
 
@@ -92,7 +93,7 @@ class BranchingCache:
         if start < 0 or not alone and k.shape[2] > 1:
             raise ValueError(f"rosters branch token by token, after {self.prompt_len} positions of the prompt")
         if end > room:
-            raise ValueError(f"the cache is full: layer {layer} has room for {room} positions, not {end}")
+            raise ValueError(f"the cache is full, or its part for the prompt: {room} positions have room, not {end}")
         kept_k[:, :, start:end] = k
         kept_v[:, :, start:end] = v
         if layer == len(self.layers) - 1:

@@ -230,8 +230,8 @@ def pick_device(name) -> torch.device:
 
 def chat_prompt(folder: Path, message: str) -> str:
     """A message with --chat, as OLMoE Instruct expects it, if the model's own template has its tags and no other."""
-    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    settings = read_json(config) if config.exists() else {}
+    file, more = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    settings = read_json(more) if more.exists() else {}
     template = file.read_text(errors="replace") if file.exists() else str(settings.get("chat_template"))
     if set(re.findall(r"<\|\w+\|>", template)) - {"<|system|>", "<|endoftext|>"} != {"<|user|>", "<|assistant|>"}:
         raise ValueError(f"--chat: no chat template as OLMoE's in {folder}; ports/roe_transformers.py --chat takes any")
@@ -239,7 +239,7 @@ def chat_prompt(folder: Path, message: str) -> str:
 
 
 def read_text(prompt: str, file: str | int = 0) -> str:
-    """A prompt as given or, for "-", what a file holds, by default standard input (0). Both may be without end."""
+    """A prompt as given or, for "-", what a file holds, by default standard input (0). A file may be without end."""
     with using("the prompt" if file == 0 else repr(file), "give text in UTF-8"):
         data = os.fsencode(prompt)
         if prompt == "-":

@@ -105,7 +105,7 @@ def attend(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: 
     Args:
         q: queries [n, H, T, D]; the result has their shape.
         shared_k, shared_v: [1, Hk, S, D], read once for all rows and not copied.
-        own_k, own_v: [n, Hk, T, C, D], C positions for each query; with a `BranchingCache` T is 1, and none is masked.
+        own_k, own_v: [n, Hk, T, C, D], C positions for each query, all of which it sees. If C is above 1, T is 1.
 
     With a `SharedCache` and n rows each query has its own position as C = 1: among the shared ones it would be row 0's.
     So the last query's is left out there. With one row C = 0. What T = 3 queries see (x) after a history of 4:
@@ -188,7 +188,8 @@ class Expert(nn.Module):  # a SwiGLU network
 
 def top_k(logits: Tensor, k: int, normalize: bool = False) -> tuple[Tensor, Tensor]:
     """Plain routing: router logits R [..., E] -> the k likeliest experts' weights [..., k], in float32, and indices."""
-    weights, indices = logits.float().softmax(-1).topk(k)
+    indices = logits.topk(k).indices
+    weights = logits.float().softmax(-1).gather(-1, indices)
     if normalize:
         weights = weights / weights.sum(-1, keepdim=True)
     return weights, indices

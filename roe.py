@@ -2,8 +2,8 @@
 
 A router sends each token to its top k of E experts and leaves the others idle. RoE adds Gumbel noise to the router's
 logits, so that other experts are chosen. A roster is the set of experts that one draw of noise selects in all layers,
-for one token. n rosters run for the same token, as the n rows of a batch, and their predictions are averaged. Row 0 is
-the clean path: it never gets noise.
+for one token. n rosters run for the same token, as the n rows of a batch, and their predictions are averaged. One of
+them, row 0, is the clean path: it never gets noise.
 
 Section and equation numbers are the paper's. Shapes: n rosters, T positions, L layers, E experts, k experts per token,
 V tokens in the vocabulary.
@@ -37,8 +37,8 @@ TAU = 0.2  # the default temperature; the paper finds values up to 0.5 useful, a
 def gumbel(seed: int, position: int, *shape: int) -> Tensor:
     """The noise of a token: i.i.d. Gumbel(0, 1) of any shape, [n, L, E] for rosters; float32, on the CPU.
 
-    Its bytes are the endless SHAKE-128 stream of the seed and of the token's position in its text. Fewer rosters read
-    less of it, so that the noise of m rosters is that of the first m of n. All noise comes from here.
+    Every 4 bytes of the endless SHAKE-128 stream of the seed and the token's position in its text make a value. Fewer
+    rosters read less of it, so that the noise of m rosters is that of the first m of n. All noise comes from here.
     """
     digest = hashlib.shake_128(f"{seed:d} {position:d}".encode()).digest(4 * math.prod(shape))
     uniform = (torch.frombuffer(bytearray(digest), dtype=torch.int32).double() + 2**31 + 0.5) / 2**32  # never 0 or 1
@@ -55,7 +55,7 @@ def stochastic_route(logits: Tensor, noise: Tensor, k: int, weights: str = "pert
             of R. Equation 1 says only which experts run; the paper leaves the mixing open.
         normalize: scale the k weights of a token to sum to 1 (OLMoE's norm_topk_prob).
 
-    Returns: the mixing weights [n, T, k] in float32, and the experts' indices [n, T, k].
+    Returns: the mixing weights in float32 and the experts' indices, both [n, T, k], or [1, T, k] without noise.
     """
     noisy = logits.float() + noise  # [1 or n, T, E] + [n, T, E]: here one row becomes n, the path branches
     indices = noisy.topk(k).indices
@@ -93,7 +93,7 @@ def run_rosters(model: OLMoE, tokens: Tensor, cache, position: int, rosters: int
     """Predicts after each of T tokens, all of them stochastic, once per roster: ids [T] -> logits [n, T, V].
 
     All rosters are the same until the first layer with noise, and one row runs for them; its router returns n rows.
-    `position` is that of the first token in its text, for its noise. For the other arguments and errors see `predict`.
+    `position` is that of the first token in its text, for the noise. T is 1 with a `BranchingCache`. See `predict`.
     """
     if rosters < 1 or weights not in ("perturbed", "clean"):
         raise ValueError(f"rosters must be 1 or more, and weights perturbed or clean, not {rosters} and {weights!r}")
@@ -116,12 +116,12 @@ def predict(model: OLMoE, tokens, cache, rosters: int, tau, seed: int, weights: 
     """Predicts the token that follows, once per roster (section 2.3): logits [n, V], row 0 the clean path's.
 
     Args:
-        tokens: T >= 1 ids that follow those in the cache. Only the last one is stochastic.
-        cache: a `SharedCache` (the Clean Cache) or a `BranchingCache`; extended by the T tokens. Its memory is made in
-            inference mode, and whatever else writes to it must run in that mode, too.
+        tokens: T >= 1 ids that follow those in the cache, and are added to it. Only the last one is stochastic.
+        cache: a `SharedCache` (the Clean Cache), or a `BranchingCache`, for which T is first `prompt_len` + 1, then 1.
+            Its memory is made in inference mode, and whatever else writes to it must run in that mode, too.
         tau, seed, weights: see `temperatures`, `gumbel` and `stochastic_route`.
 
-    Raises ValueError: rosters below 1, unknown weights; a full context or cache (which may hold some of the tokens).
+    Raises ValueError: rosters below 1, other weights, bad tau or tokens; a full context or cache (which may hold some).
     """
     tokens = as_ids(tokens, model.device)
     if len(tokens) > 1:
@@ -153,9 +153,9 @@ def generate(
     """Generates text with n rosters for every token, and yields each token's id as soon as it is known.
 
     Ends before an end-of-text token, after `max_new_tokens`, or when the model's context is full. With the Clean Cache
-    a second call, with the prompt, the text so far and the same seed, goes on as one longer call would. `watch` is
-    called before a token is yielded, as watch(logits [n, t, V], log_probs [t, V], tokens [t], cache) with t = 1;
-    log_probs is the average that it was chosen from.
+    a second call, with the prompt, the text so far and the same seed, goes on as one longer call would, but for
+    rounding. `watch` is called before a token is yielded, as watch(logits [n, t, V], log_probs [t, V], tokens [t],
+    cache) with t = 1; log_probs is the average that it was chosen from.
 
     Raises ValueError, with the first token: an empty prompt, one longer than the context, an unknown name, a number out
     of its range; with any token: predictions that are not finite.
@@ -169,7 +169,7 @@ def generate(
     if branching:  # rosters share the prompt but its last token, the first that they predict from
         first_noisy = next((layer for layer, value in enumerate(tau) if value > 0), None)
         cache = BranchingCache(config, max_len, rosters, len(tokens) - 1, first_noisy)
-    for position in range(len(tokens) - 1, max_len):  # that of the last token read so far
+    for position in range(len(tokens) - 1, max_len):  # of the last of `tokens`
         logits = predict(model, tokens, cache, rosters, tau, seed, weights)
         log_probs = aggregate(logits)
         token = choose(log_probs, temperature, top_p, seed, position)
@@ -189,8 +189,8 @@ def choose(log_probs: Tensor, temperature: float, top_p: float, seed: int, posit
         log_probs = (log_probs - log_probs.max()) / temperature
         if top_p < 1:  # a sample from the smallest set of most likely tokens that has this probability
             probs, ids = log_probs.softmax(-1).sort(descending=True)
-            likelier = probs.cumsum(-1)[:-1]  # than the second, the third ...: the first stays, however small top_p is
-            log_probs[ids[1:][likelier >= top_p]] = -math.inf
+            before = probs.cumsum(-1)[:-1]  # the mass before the second, the third ...; the first always stays
+            log_probs[ids[1:][before >= top_p]] = -math.inf
         # It is drawn as experts are, by adding Gumbel noise: that of a position below 0, which no token has.
         log_probs += gumbel(seed, -1 - position, len(log_probs)).to(log_probs.device)
     return log_probs.argmax().item()
@@ -214,13 +214,13 @@ def score(
 
     Returns:
         log-probabilities [n, T - 1] of tokens[1:] in float32; row m - 1 is, but for rounding, what `generate` with m
-        rosters and the Clean Cache would choose from, token by token (in a long text up to the end of its first piece).
+        rosters and the Clean Cache would give each of them (in a long text up to the end of its first piece).
 
     Raises ValueError: fewer than two tokens, a cache and a text longer than the context; else as `generate`.
     """
     tokens = as_ids(tokens, model.device, least=2)
     most = model.config.max_position_embeddings
-    chunk = max(1, 512 // max(1, int(rosters)))  # bounds the rows times positions, and with them the memory
+    chunk = max(1, 512 // max(1, int(rosters)))  # bounds rows times positions; rosters below 1 are refused later
     position = cache.length if cache else 0  # in the whole text, for the noise; `history` counts within a piece
     scores = []
     for piece, targets in zip(tokens[:-1].split(most), tokens[1:].split(most)):
@@ -238,7 +238,7 @@ def score(
     return scores
 
 
-def as_ids(tokens, device: torch.device, least: int = 1, most: int | None = None) -> Tensor:
+def as_ids(tokens, device: str | torch.device, least: int = 1, most: int | None = None) -> Tensor:
     """The ids of one text, [T] or [1, T], as a tensor [T]. Raises ValueError: something else, too few, too many."""
     ids = torch.as_tensor(tokens, device=device)
     ids = ids[0] if ids.dim() == 2 and len(ids) == 1 else ids
@@ -304,7 +304,7 @@ def print_generation(args: argparse.Namespace, model: OLMoE, tokenizer, tokens: 
     text = ""
     seen = []  # of each token: whether its rosters overruled the clean one, when, the cache's bytes
 
-    def watch(logits, log_probs, tokens, cache):
+    def watch(logits, log_probs, _, cache):
         overruled = (log_probs.argmax() != logits[0].argmax()).item()
         seen.append((overruled, time.perf_counter(), cache.nbytes))
 
@@ -330,7 +330,7 @@ def print_generation(args: argparse.Namespace, model: OLMoE, tokenizer, tokens: 
     print(stats, file=sys.stderr)
 
 
-def main(print_text: Callable = print_generation) -> None:
+def main(print_text: Callable = print_generation) -> None:  # study/show.py has another
     sys.stderr = sys.stderr or open(os.devnull, "w")  # None if closed, for which print takes standard output
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's cannot; a terminal may not know all characters
         sys.stdout.reconfigure(encoding=None if sys.stdout.isatty() else "utf-8", errors="replace")
@@ -341,9 +341,9 @@ def main(print_text: Callable = print_generation) -> None:
         text = read_text(args.prompt)
         tau = read_tau(args.tau)
         source, folder, config, tokenizer = describe(args.model)
-        tau = config.tau if tau is None else tau
+        tau = config.tau if tau is None else tau  # if that is a list, it says what all layers get
         if args.skip != 1 and (isinstance(tau, list) or 2 * args.skip >= config.num_hidden_layers):
-            raise ValueError("--skip must leave layers with noise, and is for one --tau, not for a file of them")
+            raise ValueError("--skip must leave layers with noise, and needs a number as --tau, not a tau.json")
         tau = temperatures(config, tau, args.skip)
         text = chat_prompt(folder, text) if args.chat else text
         tokens = tokenizer.encode(text, add_special_tokens=not args.chat).ids

@@ -1391,7 +1391,7 @@ def test_default_temperatures(cli, small, tmp_path):
     text = tokenizer.decode(generated(model, tokenizer.encode("xy").ids)) + "\n"
     assert cli(*options)[1] == cli(*options, "--tau", tmp_path / "tau.json")[1] == text
     assert cli(*options, "--tau", 0.9)[1] != text
-    refused(cli(*options, "--skip", 0), "is for one --tau, not for a file")
+    refused(cli(*options, "--skip", 0), "needs a number as --tau, not a tau.json")
     refused(cli(*options, "--tau", 0.5, "--skip", 2), "--skip must leave layers with noise")
     assert cli(*options, "--tau", 0, "--skip", 0)[0] == 0  # no noise, but not for want of a layer
 
@@ -1501,7 +1501,8 @@ def test_bad_texts_and_tau_files(cli, tmp_path, monkeypatch):
         file.write_text(tau)
         refused(cli("--prompt", "x", "--tau", file), sentence)
     refused(
-        cli("--prompt", "x", "--tau", ROOT / "tiny" / "tau.json", "--skip", "2"), "is for one --tau, not for a file"
+        cli("--prompt", "x", "--tau", ROOT / "tiny" / "tau.json", "--skip", "2"),
+        "needs a number as --tau, not a tau.json",
     )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "0.3").write_text("[9]")

@@ -14,8 +14,8 @@ from .gpu import StackedExperts, groups_on
 def speed_up(model):
     """The same `OLMoE`, with parts that are faster on its device and in its dtype. For inference only.
 
-    On a CPU matrices are packed, all in bfloat16 and large ones in float32: they can no longer be moved, converted or
-    copied, and parameters lose the names that they have in checkpoints.
+    On a CPU matrices in bfloat16, and large ones in float32, are packed: they can no longer be moved, converted or
+    copied. Experts lose the names that they have in checkpoints.
     """
     model.lm_head = FastLinear(model.lm_head.weight)
     for layer in model.model.layers:

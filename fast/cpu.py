@@ -35,7 +35,7 @@ class FastLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.is_mkldnn:  # packed
             return multiply(x, self.weight)
-        if not self.wide or x[..., 0].numel() < 4:
+        if not self.wide or x[..., 0].numel() < 4:  # for fewer rows converting does not pay
             return F.linear(x, self.weight)
         parts = self.weight.split(max(1, 2**20 // x.shape[-1]))
         return torch.cat([multiply(x.float(), part.float()) for part in parts], -1).to(x.dtype)
@@ -43,9 +43,10 @@ class FastLinear(nn.Module):
 
 def multiply(x: Tensor, weight: Tensor) -> Tensor:
     """`F.linear` by oneDNN: with few rows of float32 faster than MKL, which PyTorch would call."""
-    with contextlib.suppress(AttributeError, RuntimeError):  # PyTorch may lose it
+    try:
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return F.linear(x, weight)
+    except (AttributeError, RuntimeError):  # PyTorch may lose it
+        return F.linear(x, weight)
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def widens_on(weight: Tensor) -> bool:
-    """Whether converting once pays: half precision on CPUs for which oneDNN has none, as most are."""
+    """Whether converting once pays: for half precision on a CPU where oneDNN has no products in it, as on most."""
     half = "fp16" if weight.dtype == torch.float16 else "bf16"
     supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{half}_supported", lambda: False)
     return weight.is_cpu and weight.itemsize == 2 and not supported()
@@ -70,8 +71,8 @@ def quick_attend(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, o
     """`model.attend` by what is quickest for these shapes on this device.
 
     Without own positions it is ordinary attention, for which PyTorch has a kernel: 5 times as fast for one query after
-    2,048 tokens, 3 times for a prompt of as many; on CPUs it is quicker for several in float32 than in half precision.
-    With own ones, keys times queries, which are few: 1.5 times after 2,048 tokens; held to AVX2, converted once, 4.
+    2,048 tokens, 3 times for a prompt of as many. On CPUs float32 is quicker for several queries than half precision.
+    With own ones keys are multiplied by queries, which are few: 1.5 times after 2,048 tokens; held to AVX2 4 times.
     """
     (n, H, T, D), (_, Hk, S, _), C = q.shape, shared_k.shape, own_k.shape[3]
     if (C > 0 and widens_on(q)) or (C == 0 and T > 1 and q.is_cpu and q.itemsize == 2):

@@ -34,8 +34,8 @@ OURS = {"sdpa": "roe_sdpa", "eager": "roe_eager"}  # names of attention function
 def gumbel(seed: int, position: int, *shape: int) -> Tensor:
     """The noise of a token: i.i.d. Gumbel(0, 1) of any shape, [n, L, E] for rosters; float32, on the CPU.
 
-    Its bytes are the endless SHAKE-128 stream of the seed and of the token's position in its text. Fewer rosters read
-    less of it, so that the noise of m rosters is that of the first m of n. All noise comes from here.
+    Every 4 bytes of the endless SHAKE-128 stream of the seed and the token's position in its text make a value. Fewer
+    rosters read less of it, so that the noise of m rosters is that of the first m of n. All noise comes from here.
     """
     digest = hashlib.shake_128(f"{seed:d} {position:d}".encode()).digest(4 * math.prod(shape))
     uniform = (torch.frombuffer(bytearray(digest), dtype=torch.int32).double() + 2**31 + 0.5) / 2**32  # never 0 or 1

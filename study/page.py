@@ -164,7 +164,7 @@ def main() -> None:
         source, folder, config, tokenizer = describe(args.model)
         tau = config.tau if tau is None else tau
         if args.skip != 1 and (isinstance(tau, list) or 2 * args.skip >= config.num_hidden_layers):
-            raise ValueError("--skip must leave layers with noise, and is for one --tau, not for a file of them")
+            raise ValueError("--skip must leave layers with noise, and needs a number as --tau, not a tau.json")
         tau, text = temperatures(config, tau, args.skip), chat_prompt(folder, text) if args.chat else text
         tokens = tokenizer.encode(text, add_special_tokens=not args.chat).ids
         if max(tokens, default=0) >= config.vocab_size:

@@ -20,10 +20,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     add = parser.add_argument
-    add("file", metavar="FILE", help="a text in UTF-8, of any length")
+    add("file", metavar="FILE", help="a text in UTF-8, of up to 16 MB")
     add("--rosters", metavar="N", type=number(int, 1, 1024), nargs="+", default=[1, 4], help="per token [1 4]")
     add("--tau", help=f"noise temperature, or a JSON file of one per layer [tau.json beside the model, else {TAU}]")
-    add("--skip", metavar="L", type=number(int, 0), default=1, help="layers without noise at each end [1]")
+    add("--skip", metavar="L", type=number(int, 0), default=1, help="layers without noise at each end; no file [1]")
     add("--weights", choices=["perturbed", "clean"], default="perturbed", help="as in roe.py [perturbed]")
     add("--seed", metavar="N", type=int, default=0, help="of the noise [0]")
     add("--model", help="directory, or hub id such as allenai/OLMoE-1B-7B-0125 [the one that comes with RoE]")
@@ -52,7 +52,7 @@ def main() -> None:
         source, _, config, tokenizer = describe(args.model)
         tau = config.tau if tau is None else tau
         if args.skip != 1 and (isinstance(tau, list) or 2 * args.skip >= config.num_hidden_layers):
-            raise ValueError("--skip must leave layers with noise, and is for one --tau, not for a file of them")
+            raise ValueError("--skip must leave layers with noise, and needs a number as --tau, not a tau.json")
         tau = temperatures(config, tau, args.skip)
         tokens = tokenizer.encode(text).ids
         as_ids(tokens, "cpu", least=2)

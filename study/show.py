@@ -1,6 +1,6 @@
 """An example of building on roe.py: text on colours that say where rosters matter, on a terminal. Not the paper's.
 
-    python study/show.py --prompt "class Error(Exception):" --rosters 32     with all options of roe.py
+    python study/show.py --prompt "class Error(Exception):" --rosters 32     # with all options of roe.py
 
 The fewer rosters chose a token, the redder it is; it is underlined where the average overruled the clean path.
 """

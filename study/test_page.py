@@ -195,7 +195,7 @@ def test_refusals(tmp_path):
         ("--prompt", ""): "at least 1",
         ("--prompt", "x", "--rosters", "0"): "from 1 to 1024",
         ("--prompt", "x", "--tau", "-1"): "from 0 to 100",
-        ("--prompt", "x", "--skip", "2"): "is for one --tau, not for a file",
+        ("--prompt", "x", "--skip", "2"): "needs a number as --tau, not a tau.json",
         ("--prompt", "x", "--model", tmp_path / "none"): "there is no directory",
         ("--prompt", "x", "--chat"): "no chat template",
         ("--prompt", "x", "--output", tmp_path): "give --output a file",

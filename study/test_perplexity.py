@@ -156,7 +156,7 @@ def test_temperatures_beside_the_model(cli, small, text):
     assert run()[0] == 0 and run() == run("--tau", small / "tau.json") != run("--tau", 0.2)
     for more in ([], ["--tau", small / "tau.json"]):
         refused(
-            run("--skip", 0, *more), "--skip must leave layers with noise, and is for one --tau, not for a file of them"
+            run("--skip", 0, *more), "--skip must leave layers with noise, and needs a number as --tau, not a tau.json"
         )
 
 

@@ -1,6 +1,6 @@
 """Searches the routing temperatures, one per layer, that lower a text's perplexity most (section 2.2 of the paper).
 
-    python study/tune.py FILE --rosters 4 8 16 32 --output tau.json     then: python roe.py --tau tau.json ...
+    python study/tune.py FILE --rosters 4 8 16 32 --output tau.json     # then: python roe.py --tau tau.json
 
 Of several counts of rosters it minimises the mean of their log-perplexities, all from one pass; what it reports as
 perplexity is their geometric mean. OUTPUT always holds the best so far, and OUTPUT.log a line of JSON for every trial:

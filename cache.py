@@ -9,7 +9,6 @@ Both caches hand a layer's attention these two, and differ only in what they kee
 
 `length` is the number of positions stored so far, which the last layer advances. Lower it to forget those beyond. The
 first keys say in which dtype and on which device memory is allocated.
-
 Shapes: n rows, Hk key-value heads of size D, T new positions.
 """
 
@@ -47,7 +46,7 @@ class SharedCache:
         self.v[layer, :, :, self.length : end] = v[:1]
         if layer == layers - 1:
             self.length = end
-        C = 1 if len(k) > 1 else 0  # 1: the last position, end - 1, is each row's own; see the table in `model.attend`
+        C = 1 if len(k) > 1 else 0  # 1: a query's own position is in own_k, so none needs the last shared one, end - 1
         own_k, own_v = k.unsqueeze(3)[:, :, :, :C], v.unsqueeze(3)[:, :, :, :C]
         return self.k[layer, :, :, : end - C], self.v[layer, :, :, : end - C], own_k, own_v
 

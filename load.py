@@ -90,6 +90,8 @@ def using(what: object, hint: str = HINT):
     except OSError as error:
         raise FileNotFoundError(f"{what} cannot be used: {error.strerror or error}; {hint}") from error
     except Exception as error:
+        if isinstance(error, MemoryError) or "allocate" in str(error):  # which is not the file's fault
+            raise
         if type(error) is ValueError:  # our own, which says what is refused; json's is a subclass
             raise ValueError(f"{what}: {error}") from error
         raise ValueError(f"{what} cannot be used: {type(error).__name__}: {error}; {hint}") from error

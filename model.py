@@ -63,7 +63,7 @@ class OLMoE(nn.Module):
         With a cache of `cache.py` n is 1, and the tokens follow those that the cache holds. route(layer, router logits
         [n, T, E]) -> weights, indices [n or more, T, k]; by default it is `top_k`.
 
-        Raises ValueError: more tokens than the model's context has room for, or several texts and a cache.
+        Raises ValueError: more tokens than the model's context or the cache has room for; several texts and a cache.
         """
         return self.lm_head(self.model.norm(self.hidden(tokens, cache, route)))
 
@@ -107,8 +107,8 @@ def attend(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: 
         shared_k, shared_v: [1, Hk, S, D], read once for all rows and not copied.
         own_k, own_v: [n, Hk, T, C, D], C positions for each query, all of which it sees. If C is above 1, T is 1.
 
-    With a `SharedCache` and n rows each query has its own position as C = 1: among the shared ones it would be row 0's.
-    So the last query's is left out there. With one row C = 0. What T = 3 queries see (x) after a history of 4:
+    With a `SharedCache` and n rows each query has its own position as C = 1. Among the shared, where it is row 0's,
+    it is masked, and the last query's left out. With one row C = 0. What T = 3 queries see (x) after a history of 4:
         n rows, S = 6, C = 1     shared    own        one row, S = 7, C = 0     shared
         first query            x x x x . .  x         first query            x x x x x . .
         second                 x x x x x .  x         second                 x x x x x x .

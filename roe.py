@@ -5,8 +5,7 @@ logits, so that other experts are chosen. A roster is the set of experts that on
 for one token. n rosters run for the same token, as the n rows of a batch, and their predictions are averaged. One of
 them, row 0, is the clean path: it never gets noise.
 
-Section and equation numbers are the paper's. Shapes: n rosters, T positions, L layers, E experts, k experts per token,
-V tokens in the vocabulary.
+Section and equation numbers are the paper's. Shapes: n rosters, T positions, L layers, E experts, k a token, V tokens.
 """
 
 import argparse
@@ -55,7 +54,7 @@ def stochastic_route(logits: Tensor, noise: Tensor, k: int, weights: str = "pert
             of R. Equation 1 says only which experts run; the paper leaves the mixing open.
         normalize: scale the k weights of a token to sum to 1 (OLMoE's norm_topk_prob).
 
-    Returns: the mixing weights in float32 and the experts' indices, both [n, T, k], or [1, T, k] without noise.
+    Returns: the mixing weights in float32 and the experts' indices, both [n, T, k], or [1, T, k] of one without noise.
     """
     noisy = logits.float() + noise  # [1 or n, T, E] + [n, T, E]: here one row becomes n, the path branches
     indices = noisy.topk(k).indices
@@ -74,7 +73,7 @@ def temperatures(config: Config, tau: float | Sequence[float] | None = None, ski
             (`config.tau`), or 0.2 if it has none.
         skip: layers at each end that get 0 where tau is a number; the paper's L, which is not that of the shapes here.
 
-    Raises ValueError: a value that is not from 0 to 100, or not one per layer.
+    Raises ValueError: a layer's value that is not from 0 to 100, or not one per layer.
     """
     layers = config.num_hidden_layers
     tau = next(value for value in (tau, config.tau, TAU) if value is not None)
@@ -121,7 +120,7 @@ def predict(model: OLMoE, tokens, cache, rosters: int, tau, seed: int, weights: 
             Its memory is made in inference mode, and whatever else writes to it must run in that mode, too.
         tau, seed, weights: see `temperatures`, `gumbel` and `stochastic_route`.
 
-    Raises ValueError: rosters below 1, other weights, bad tau or tokens; a full context or cache (which may hold some).
+    Raises ValueError: rosters below 1, other weights, bad tau, no ids; a full context or cache. T - 1 may be in it.
     """
     tokens = as_ids(tokens, model.device)
     if len(tokens) > 1:
@@ -216,7 +215,7 @@ def score(
         log-probabilities [n, T - 1] of tokens[1:] in float32; row m - 1 is, but for rounding, what `generate` with m
         rosters and the Clean Cache would give each of them (in a long text up to the end of its first piece).
 
-    Raises ValueError: fewer than two tokens, a cache and a text longer than the context; else as `generate`.
+    Raises ValueError: fewer than two tokens; a given cache or the context without room for T - 1; else as `generate`.
     """
     tokens = as_ids(tokens, model.device, least=2)
     most = model.config.max_position_embeddings

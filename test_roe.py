@@ -1404,11 +1404,14 @@ def test_optimised_python_and_texts_that_begin_with_a_dash(cli):
     assert (result.returncode, result.stdout) == expected[:2]
 
 
-def test_running_out_of_memory(cli, forced):
+def test_running_out_of_memory(cli, forced, monkeypatch):
     for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")):
         forced("a", "xx", end=error)
         status, _, err = cli("--prompt", "x")
         assert status == 2 and "there is not enough memory; give fewer --rosters" in err and err.count("\n") == 1
+        with monkeypatch.context() as while_loading:
+            while_loading.setattr("load.safe_open", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+            refused(cli("--prompt", "x"), "there is not enough memory; give fewer --rosters")
     forced("a", "xx", end=RuntimeError("CUDA error: an illegal memory access was encountered"))
     with pytest.raises(RuntimeError, match="illegal"):  # a fault of ours, not of the user's
         cli("--prompt", "x")

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from load import chat_prompt, describe, load_weights, pick_device, read_tau, read_text
+from load import chat_prompt, describe, load_weights, read_tau, read_text
 from model import OLMoE
 from roe import TAU, aggregate, fail, generate, number, temperatures
 
@@ -160,7 +160,7 @@ def main() -> None:
     try:  # all that can be refused is refused before weights are read
         if args.output.is_dir() or not args.output.parent.is_dir():
             raise ValueError(f"{args.output} cannot be written; give --output a file in a folder that is there")
-        text, tau, device = read_text(args.prompt), read_tau(args.tau), pick_device(args.device)
+        text, tau = read_text(args.prompt), read_tau(args.tau)
         source, folder, config, tokenizer = describe(args.model)
         tau = config.tau if tau is None else tau
         if args.skip != 1 and (isinstance(tau, list) or 2 * args.skip >= config.num_hidden_layers):
@@ -169,7 +169,7 @@ def main() -> None:
         tokens = tokenizer.encode(text, add_special_tokens=not args.chat).ids
         if max(tokens, default=0) >= config.vocab_size:
             raise ValueError(f"the text has the token id {max(tokens)}, but vocab_size is only {config.vocab_size}")
-        model = load_weights(source, config, device, args.dtype)
+        model = load_weights(source, config, args.device, args.dtype)
         options = {"max_new_tokens": args.max_new_tokens, "seed": args.seed, "weights": args.weights}
         way = record(model, tokenizer, tokens, args.rosters, tau, **options)
         if not way:

@@ -26,7 +26,7 @@ from typing import BinaryIO
 from filelock import FileLock, Timeout  # comes with torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from load import describe, load_weights, pick_device, read_text
+from load import describe, load_weights, read_text
 from model import OLMoE
 from roe import TAU, as_ids, fail, number, score, temperatures
 
@@ -174,13 +174,12 @@ def main() -> None:
         lock = FileLock(f"{args.output}.log.lock")  # held as long as there is this variable
         log, trials = open_log(args.output, lock)
         with log:
-            device = pick_device(args.device)
             source, folder, config, tokenizer = describe(args.model)
             if not any(temperatures(config, args.tau_max, args.skip)):
                 raise ValueError("no layer is left to tune; lower --skip")
             tokens = tokenizer.encode(text).ids
-            as_ids(tokens, device, least=2)
-            model = load_weights(source, config, device, args.dtype)
+            as_ids(tokens, "cpu", least=2)
+            model = load_weights(source, config, args.device, args.dtype)
             contents = hashlib.sha256(text.encode()).hexdigest(), checksum(folder), str(model.dtype), model.device.type
             options = args.rosters, args.tau_max, args.skip, args.weights, args.seed
             search = dict(zip(SEARCH, contents + options))
